@@ -1,0 +1,41 @@
+# `make demo` and `make test` each stand alone: they need Python >= 3.11 with pip, git and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export UV_LINK_MODE ?= copy
+
+.PHONY: demo test test-slow check lock clean
+
+demo: $(VENV)/installed
+	@unmask demo
+
+test: $(VENV)/installed check
+	@python -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed
+	@python -m pytest -m slow
+
+check: $(VENV)/installed
+	@ruff check .
+	@ruff format --check .
+	@mypy
+
+# The pinned packages and the project itself, once; again where the lock or the project's description changed.
+$(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@awk '/^[^ #]/ { wanted = /^uv==/ } wanted' requirements.lock > $(VENV)/uv.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Recompile the pins to the newest versions that pyproject.toml allows.
+lock: $(VENV)/installed
+	@uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --upgrade \
+	  --custom-compile-command "make lock" --extra flows --group dev -o requirements.lock pyproject.toml
+
+clean:
+	@-unmask down
+	@rm -rf $(VENV) .unmask packs runs report

@@ -1,0 +1,133 @@
+"""The command `unmask`. Imports wait for the command that needs them, so that help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flows import workspace
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; the user's faults end with a message and exit code 1, never with a traceback."""
+    parsed = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int | None] = parsed.command
+    try:
+        workspace.root()
+        sys.exit(command(parsed) or 0)
+    except workspace.UserError as error:
+        sys.exit(f"unmask: {error}")
+    except PermissionError as error:
+        sys.exit(f"unmask: {error.filename}: no permission ({error.strerror}); give yourself access with chmod or chown")
+    except KeyboardInterrupt:
+        sys.exit("unmask: interrupted; the same command goes on from the last checkpoint")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="unmask", description="Masked image modelling on your own images.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    add("demo", _demo, "run the whole pipeline on the embedded dataset and show what came out")
+    add("doctor", _doctor, "check versions, ports, disk, device, params and data, and say how to mend each")
+    add("up", _up, "start the Prefect and MLflow servers on 127.0.0.1")
+    add("down", _down, "stop them")
+    ui = add("ui", _ui, "print and open the servers' addresses")
+    ui.add_argument("--no-open", action="store_true", help="print the addresses only")
+    add("check", _check, "check every row of params/")
+    add("report", _report, "build the report of all published results")
+    data = commands.add_parser("data", help="bring datasets in and verify them").add_subparsers(metavar="ACTION", required=True)
+    restore = data.add_parser("restore", help="fill data/ on a fresh clone and verify it against data.dvc")
+    restore.set_defaults(command=_restore)
+    new = data.add_parser("add", help="bring in a folder of images: flat, or one sub-folder a class")
+    new.add_argument("folder", type=Path, metavar="FOLDER")
+    new.add_argument("--name", required=True, help="the dataset's name in params/ and data/")
+    new.add_argument("--size", type=_size, metavar="H[xW]", help="size in px that images get; guessed from them if left out")
+    new.add_argument("--replace", action="store_true", help="replace the dataset of this name")
+    new.set_defaults(command=_add)
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not height.isdigit() or not (width or height).isdigit() or not int(height) or not int(width or height):
+        raise argparse.ArgumentTypeError(f"found '{text}'; give px as 64 or 64x96 (height x width)")
+    return int(height), int(width or height)
+
+
+def _demo(_: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from flows.demo import demo
+
+    demo(Console())
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from flows.demo import diagnose
+
+    return min(1, diagnose(Console()))
+
+
+def _up(_: argparse.Namespace) -> None:
+    from flows import servers
+
+    servers.up()
+
+
+def _down(_: argparse.Namespace) -> None:
+    from flows import servers
+
+    servers.down()
+
+
+def _ui(parsed: argparse.Namespace) -> None:
+    from flows import servers
+
+    ports = servers.running()
+    if not ports:
+        raise workspace.UserError("no server is running; start them with `unmask up`")
+    for name in ports:
+        print(f"{name:8} {servers.address(name, ports)}")
+        if not parsed.no_open:
+            import webbrowser
+
+            webbrowser.open(servers.address(name, ports))
+
+
+def _check(_: argparse.Namespace) -> None:
+    from flows import rows
+
+    for section, named in rows.load().items():
+        print(f"{section:10} {', '.join(named)}")
+
+
+def _report(_: argparse.Namespace) -> None:
+    from flows.report import report
+
+    report()
+    print(workspace.report_folder() / "index.html")
+
+
+def _restore(_: argparse.Namespace) -> None:
+    from flows import data
+
+    data.restore()
+
+
+def _add(parsed: argparse.Namespace) -> None:
+    from flows import data
+
+    data.add(parsed.folder, parsed.name, parsed.size, replace=parsed.replace)
+
+
+if __name__ == "__main__":
+    main()

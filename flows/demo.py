@@ -1,0 +1,108 @@
+"""The whole shape in one command: doctor, data, servers, pipeline, report, and where to look next."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from flows import data, doctor, servers, workspace
+
+
+def demo(console: Console) -> None:
+    """Run everything that is stale and show what came out. Raises UserError."""
+    started = time.time()
+    console.rule("doctor", align="left")
+    faults = diagnose(console, data_needed=False)
+    if faults:
+        raise workspace.UserError("mend what is marked above, then run `unmask demo` again")
+    console.rule("data and servers", align="left")
+    ports = servers.up(wait=False)
+    data.restore(lambda text: console.print(text, highlight=False))
+    data.guard()
+    servers.await_up(ports)
+    for name in servers.DEFAULT_PORTS:
+        console.print(f"{name:8} {servers.address(name, ports)}", highlight=False)
+    servers_up = time.time()
+    console.rule("pipeline", align="left")
+    reproduce()
+    show(console, started, servers_up)
+
+
+def diagnose(console: Console, data_needed: bool = True) -> int:
+    """Print the doctor's findings; gives the number of faults."""
+    faults = 0
+    for finding in doctor.examine(data_needed):
+        faults += bool(finding.mend)
+        mark = "[red]mend[/]" if finding.mend else "[green]ok[/]  "
+        console.print(f"{mark} {finding.name:11}", end="")
+        console.print(finding.found, markup=False, highlight=False)
+        if finding.mend:
+            console.print(f"     {'':11}-> {finding.mend}", markup=False, highlight=False)
+    return faults
+
+
+def reproduce(*targets: str) -> None:
+    """Run `dvc repro`; raises UserError where a stage fails (it has said why)."""
+    done = subprocess.run([sys.executable, "-m", "dvc", "repro", *targets], cwd=workspace.root())
+    if done.returncode:
+        raise workspace.UserError("the pipeline stopped at the stage above; the same command goes on from there")
+
+
+def show(console: Console, started: float, servers_up: float) -> None:
+    """Print the result table, where the time went, and where to look."""
+    from flows import results
+
+    found = results.read()
+    header, lines = results.terminal(found)
+    console.rule("result", align="left")
+    table = Table(box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    console.print(results.headline(found), highlight=False, markup=False)
+    console.rule("time", align="left")
+    spent = [line for line in timings() if line["ended"] >= started]
+    total = time.time() - started
+    if not spent:
+        console.print(f"Nothing was stale: no stage ran ({total:.0f} s).", highlight=False)
+    else:
+        for line in spent:
+            share = line["wall"] / total
+            console.print(f"{line['stage']:34} {line['wall']:6.0f} s {share:5.0%}   work {line['work']:.0f} s", highlight=False)
+        work = sum(line["work"] for line in spent)
+        running = time.time() - servers_up
+        console.print(
+            f"{'doctor, data, servers':34} {servers_up - started:6.0f} s {(servers_up - started) / total:5.0%}\n"
+            f"{'in all':34} {total:6.0f} s; with the servers up {running:.0f} s, of which orchestration "
+            f"(imports, DVC, Prefect, MLflow) {running - work:.0f} s, {1 - work / running:.0%}",
+            highlight=False,
+        )
+    console.rule("where to look", align="left")
+    for name, where in places(found).items():
+        console.print(f"{name:9} {where}", highlight=False, soft_wrap=True, markup=False)
+
+
+def places(found: object) -> dict[str, str]:
+    """Where the results can be seen: the report's file, MLflow's compare page, Prefect's runs."""
+    summary = workspace.report_folder() / "summary.json"
+    where = {"report": str(workspace.report_folder() / "index.html")}
+    links = json.loads(summary.with_name("links.json").read_text()) if summary.with_name("links.json").exists() else {}
+    ports = servers.running()
+    if "mlflow" in ports:
+        where["mlflow"] = links.get("compare") or servers.address("mlflow", ports)
+    if "prefect" in ports:
+        where["prefect"] = links.get("prefect") or f"{servers.address('prefect', ports)}/runs"
+    return where
+
+
+def timings() -> list[dict[str, float]]:
+    """What stages noted of their time: wall and work seconds."""
+    path = workspace.home() / "timings.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

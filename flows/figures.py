@@ -1,0 +1,224 @@
+"""The report's figures, at the width of a page (6.5 in), as PNG bytes.
+
+Matplotlib's objects are used directly, without pyplot, which keeps figures in a global list and looks for a window.
+An arm has the colour of the pretraining it starts from (grey from scratch) and a marker of its own, the same in every
+figure. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
+
+from flows.results import SCRATCH, Arm, Line, Pretrained
+
+WIDTH_IN, DPI = 6.5, 200
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY, INK, RULE = "#6b6b6b", "#222222", "#d9d9d9"
+MARKERS = "osD^vPX*"
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 6,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.5,
+    "text.color": INK,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.4,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an arm is drawn in every figure."""
+
+    colour: str
+    marker: str
+
+
+def colours(rows: Iterable[str]) -> dict[str, str]:
+    """Give each pretrain row of `params/` its colour, published or not, so that it stays when others come."""
+    return {SCRATCH: GREY} | {row: OKABE_ITO[index % len(OKABE_ITO)] for index, row in enumerate(rows)}
+
+
+def looks(arms: Sequence[Arm], colour: Mapping[str, str]) -> dict[str, Look]:
+    """Give each arm its look: the colour of its start, and a marker that no other arm of that start has."""
+    turns: dict[str, int] = {}
+    given = {}
+    for arm in arms:
+        turn = turns[arm.init] = turns.get(arm.init, -1) + 1
+        given[arm.row] = Look(colour.get(arm.init, INK), MARKERS[turn % len(MARKERS)])
+    return given
+
+
+def title(arm: Arm) -> str:
+    """Name what is compared: task, data and labels."""
+    return f"{arm.task}, {arm.data}, {'all' if arm.labels is None else f'{arm.labels:,}'} labels"
+
+
+def comparisons(arms: Sequence[Arm]) -> list[list[Arm]]:
+    """Group arms by task, data and labels, in order of appearance."""
+    groups: dict[Any, list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault(arm.comparison, []).append(arm)
+    return list(groups.values())
+
+
+def accuracy(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
+    """Draw test accuracy per arm: a dot a seed, the mean and its 95 % interval, the best on top of its comparison."""
+    groups = [sorted(group, key=lambda arm: arm.score.mean) for group in comparisons(arms)]
+    if not groups:
+        return _empty("No downstream result is published.")
+    rows = [len(group) for group in groups]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((WIDTH_IN, 0.55 + 0.34 * sum(rows) + 0.34 * len(groups)), layout="constrained")
+        grid = figure.subplots(len(groups), sharex=True, squeeze=False, height_ratios=[count + 0.4 for count in rows])
+        for axes, group in zip(grid[:, 0], groups, strict=True):
+            for place, arm in enumerate(group):
+                _arm(axes, place, arm, look[arm.row])
+            axes.set_yticks(range(len(group)), [arm.row for arm in group])
+            axes.set_ylim(-0.6, len(group) - 0.4)
+            axes.set_title(title(group[0]))
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+            axes.grid(axis="x")
+        low, high = grid[0, 0].get_xlim()
+        # From zero where that costs little, so that lengths can be read as ratios; room at the right for the values.
+        low = 0 if low < 0.5 * high else low
+        grid[0, 0].set_xlim(low, min(high + 0.22 * (high - low), 122))
+        grid[0, 0].xaxis.set_major_locator(MaxNLocator(7))
+        grid[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
+        grid[-1, 0].set_xlabel("test accuracy (%): seeds, mean and 95 % interval over seeds")
+        return _png(figure)
+
+
+def _arm(axes: Axes, place: int, arm: Arm, look: Look) -> None:
+    values = [100 * value for value in arm.seeds.values()]
+    mean, half = 100 * arm.score.mean, 100 * arm.score.half
+    end = max(values)
+    if arm.score.count > 1:
+        axes.errorbar(mean, place, xerr=half, color=look.colour, elinewidth=1.4, capsize=3, capthick=1.4, zorder=2)
+        end = max(end, mean + half)
+        axes.plot(values, [place] * len(values), look.marker, ms=4, mfc="white", mec=look.colour, mew=0.9, zorder=3)
+        tick = [place - 0.24, place + 0.24]
+        axes.plot([mean, mean], tick, color=look.colour, lw=2.2, solid_capstyle="butt", zorder=4)
+    else:
+        axes.plot(values, [place], look.marker, ms=5, color=look.colour, zorder=3)
+    interval = f"{mean:.1f} \N{PLUS-MINUS SIGN} {half:.1f}" if arm.score.count > 1 else f"{mean:.1f} (one seed)"
+    axes.annotate(interval, (end, place), (7, 0), textcoords="offset points", va="center")
+
+
+def pretraining(runs: Sequence[Pretrained], colour: Mapping[str, str]) -> bytes:
+    """Draw a line of two panels per run: the loss in training and validation, and the hole-only PSNR on validation."""
+    if not runs:
+        return _empty("No pretraining run is published.")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((WIDTH_IN, 0.15 + 2.0 * len(runs)), layout="constrained")
+        panels = figure.subplots(len(runs), 2, squeeze=False)
+        for run, (left, right) in zip(runs, panels, strict=True):
+            ink = colour.get(run.row, INK)
+            left.plot(*_series(run.curve, "loss"), color=ink, lw=0.9, alpha=0.5, label="training")
+            left.plot(*_series(run.curve, "validation_loss"), "o-", color=ink, ms=3, label="validation")
+            left.set_title(f"{run.row}: loss")
+            left.legend(loc="upper right")
+            right.plot(*_series(run.curve, "hole_psnr"), "o-", color=ink, ms=3)
+            right.set_title(f"{run.row}: hole-only PSNR on validation (dB)")
+            steps, values = _series(run.curve, "hole_psnr")
+            if values:
+                end = (steps[-1], values[-1])
+                right.annotate(f"{values[-1]:.1f}", end, (0, 6), textcoords="offset points", ha="center")
+                right.margins(y=0.16)
+            for axes in (left, right):
+                axes.grid(axis="y")
+                axes.set_xlim(left=0)
+                axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+                axes.yaxis.set_major_locator(MaxNLocator(5))
+        for axes in panels[-1]:
+            axes.set_xlabel("optimisation step")
+        return _png(figure)
+
+
+def lr_grid(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
+    """Draw validation accuracy over the learning rates tried, a panel a comparison; a ring marks the chosen one."""
+    groups = [group for group in comparisons(arms) if any(arm.grid for arm in group)]
+    if not groups:
+        return _empty("No learning-rate grid is published.")
+    across = min(2, len(groups))
+    down = math.ceil(len(groups) / across)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((WIDTH_IN, 0.1 + 2.5 * down), layout="constrained")
+        panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+        for axes, group in zip(panels, groups, strict=False):
+            for arm in group:
+                _tried(axes, arm, look[arm.row])
+            rates = sorted({point["lr"] for arm in group for point in arm.grid})
+            axes.set_xscale("log")
+            axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30 if len(rates) > 5 else 0)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.margins(x=0.1, y=0.12)
+            axes.set_title(title(group[0]))
+            axes.set_xlabel("peak learning rate")
+            axes.grid(axis="y")
+            axes.legend(loc="best", handlelength=1.6)
+        for axes in panels[::across]:
+            axes.set_ylabel("validation accuracy (%)")
+        for axes in panels[len(groups) :]:
+            axes.set_visible(False)
+        return _png(figure)
+
+
+def _tried(axes: Axes, arm: Arm, look: Look) -> None:
+    scores: dict[float, list[float]] = {}
+    for point in arm.grid:
+        scores.setdefault(point["lr"], []).append(100 * point["validation_accuracy"])
+    rates = sorted(scores)
+    means = [sum(scores[rate]) / len(scores[rate]) for rate in rates]
+    axes.plot(rates, means, f"{look.marker}-", color=look.colour, ms=4, label=arm.row)
+    if arm.lr in scores:
+        axes.plot(arm.lr, means[rates.index(arm.lr)], "o", ms=10, mfc="none", mec=look.colour, mew=1.3)
+
+
+def _series(curve: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
+    """The steps and values of the lines that have a value and are finite."""
+    points = [(line["step"], line[key]) for line in curve if key in line and math.isfinite(line[key])]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _empty(said: str) -> bytes:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((WIDTH_IN, 0.6))
+        figure.text(0.5, 0.5, said, ha="center", va="center", color=GREY)
+        return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    # No name of a version inside: equal results make equal bytes.
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,53 @@
+"""Prepare a dataset: decode it once into a pack. `python -m flows.prepare DATASET`."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows import workspace
+from flows.progress import Count
+from flows.stage import Stage, command
+
+
+@task(cache_policy=NO_CACHE)
+def write_pack(stage: Stage) -> None:
+    """Write the pack. No retry: a failure is in the files or the disk, and would come again."""
+    from mim_core.data import pack
+    from mim_core.data.sources import SOURCES
+    from mim_core.params import DataRow
+    from mim_core.spec import build, check
+
+    row = check(DataRow, stage.params, stage.row)
+    try:
+        source = build(SOURCES, row.source, workspace.data_folder(stage.row))
+        total = sum(source.counts.values())
+        with Count(f"prepare {stage.row}", total) as bar:
+            pack.write(source, stage.pack, {"name": stage.row, "md5": stage.data["md5"], "row": stage.params}, bar.update)
+    except (ValueError, OSError) as error:
+        raise workspace.UserError(f"data/{stage.row}: {error}") from error
+
+
+@flow(name="prepare", flow_run_name="prepare {dataset}")
+def prepare(dataset: str) -> None:
+    """Decode data/<dataset> into packs/<dataset>."""
+    stage = Stage("prepare", dataset, ("data",))
+    begun = time.time()
+    write_pack(stage)
+    stage.spans.append((begun, time.time()))
+    meta = json.loads((stage.pack / "meta.json").read_text())
+    counts = "\n".join(f"| {split} | {count} |" for split, count in meta["counts"].items())
+    create_markdown_artifact(
+        f"**{dataset}** (md5 {meta['md5']}), {meta['size'][0]} x {meta['size'][1]} px, {meta['channels']} channels, "
+        f"{len(meta['classes'])} classes, {len(meta['quarantined'])} files quarantined\n\n| split | images |\n|---|---|\n{counts}",
+        key="pack",
+    )
+    stage.close()
+
+
+if __name__ == "__main__":
+    command("prepare", prepare)

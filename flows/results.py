@@ -1,0 +1,208 @@
+"""The published results: arms, their statistics over seeds, what each one cost.
+
+All of it comes from files that stages published; no server is asked, so a report can be made anywhere at any time.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows import workspace
+from mim_core.metrics import Interval, difference, interval
+from mim_core.params import Params, load
+
+SCRATCH = "scratch"
+Line = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A published pretraining run; `curve` holds the cells that each line has."""
+
+    row: str
+    manifest: Mapping[str, Any]
+    curve: Sequence[Line]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A published downstream run: one line of the table. Accuracies are shares; `seeds` maps a seed to its own.
+
+    `device_hours` are the arm's own, over its grid and all its seeds; `pretrain_device_hours` come on top (0 from
+    scratch, None where the pretraining run is not published). `difference` is to `baseline`, paired by seed.
+    """
+
+    row: str
+    task: str
+    init: str
+    data: str
+    labels: int | None
+    score: Interval
+    seeds: Mapping[int, float]
+    lr: float
+    grid: Sequence[Mapping[str, Any]]
+    wall_seconds: float
+    device_hours: float
+    pretrain_device_hours: float | None
+    baseline: str | None
+    same_encoder: bool
+    difference: Interval | None
+    verdict: str
+    manifest: Mapping[str, Any]
+
+    @property
+    def comparison(self) -> tuple[str, str, int | None]:
+        """What an arm shares with those it may be compared with: task, data, labels."""
+        return self.task, self.data, self.labels
+
+    @property
+    def total_device_hours(self) -> float | None:
+        return None if self.pretrain_device_hours is None else self.device_hours + self.pretrain_device_hours
+
+
+@dataclass(frozen=True)
+class Published:
+    """All that the rows in `params/` have published, in their order; `absent` names the rest as `<stage> <row>`."""
+
+    params: Params
+    arms: Sequence[Arm]
+    pretrained: Mapping[str, Pretrained]
+    packs: Mapping[str, Mapping[str, Any]]
+    absent: Sequence[str]
+
+
+def read() -> Published:
+    """Read what is published; raises SpecError for bad rows and UserError for a broken file."""
+    params = load(workspace.params_folder())
+    metas = {name: workspace.pack_folder(name) / "meta.json" for name in params.data}
+    packs = {name: _read(meta) for name, meta in metas.items() if meta.exists()}
+    absent = [f"prepare {name}" for name in metas if name not in packs]
+    pretrained: dict[str, Pretrained] = {}
+    arms: list[Arm] = []
+    # Baselines come first in `judged()`: the other arms are compared with them.
+    for stage, row in [("pretrain", row) for row in params.pretrain] + [("downstream", row) for row in params.judged()]:
+        folder = workspace.run_folder(stage, row)
+        if not (folder / "manifest.json").exists():
+            absent.append(f"{stage} {row}")
+        elif stage == "pretrain":
+            manifest, curve = _read(folder / "manifest.json"), _read(folder / "curve.csv", _curve)
+            pretrained[row] = Pretrained(row, manifest, curve, folder)
+        else:
+            arms.append(_arm(row, folder, params, pretrained, arms))
+    return Published(params, arms, pretrained, packs, absent)
+
+
+def stale(manifest: Mapping[str, Any]) -> bool:
+    """Whether a result was made by other code than the code that lies here."""
+    return bool(manifest.get("code") != workspace.code_fingerprint())
+
+
+def run_ids(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Give the ids of a run in MLflow and in Prefect, those that there are."""
+    told = [(key.split("_")[0], value) for key, value in manifest.items() if "run" in key and isinstance(value, str)]
+    return {tool: value for tool, value in sorted(told) if tool in ("mlflow", "prefect")}
+
+
+def verdict(gain: Interval) -> str:
+    """Say a difference of shares in words, and no more than the seeds support."""
+    points = f"{100 * gain.mean:+.1f} points"
+    if gain.count < 2:
+        return f"{points} (one seed: no interval)"
+    bounds = f"[{100 * gain.low:.1f}, {100 * gain.high:.1f}]"
+    return f"no difference ({points} {bounds})" if gain.low <= 0 <= gain.high else f"{points} {bounds}"
+
+
+def duration(seconds: float) -> str:
+    """Say a time as `41 s`, `12 min 05 s` or `3 h 20 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def hours(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}" if value < 10 else f"{value:,.1f}"
+
+
+def percent(score: Interval) -> str:
+    """Say a mean share in per cent, with its interval where there is one."""
+    bounds = f"[{100 * score.low:.1f}, {100 * score.high:.1f}]" if score.count > 1 else "(one seed)"
+    return f"{100 * score.mean:.1f} {bounds}"
+
+
+def cells(arm: Arm) -> dict[str, str]:
+    """The table's columns for an arm, as text."""
+    return {
+        "arm": arm.row + (" (made by other code)" if stale(arm.manifest) else ""),
+        "init": arm.init,
+        "data": arm.data,
+        "labels": "all" if arm.labels is None else f"{arm.labels:,}",
+        "task": arm.task,
+        "test accuracy, % [95 %]": percent(arm.score),
+        "per seed, %": ", ".join(f"{100 * value:.1f}" for value in arm.seeds.values()),
+        "lr": f"{arm.lr:g}",
+        "difference to baseline": arm.verdict,
+        "wall": duration(arm.wall_seconds),
+        "device-hours": hours(arm.device_hours),
+        "with pretraining": hours(arm.total_device_hours),
+    }
+
+
+def terminal(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows for a terminal: the columns that fit there."""
+    header = ["arm", "labels", "test accuracy, % [95 %]", "lr", "difference to baseline", "with pretraining"]
+    return [*header[:-1], "device-hours"], [[cells(arm)[key] for key in header] for arm in arms]
+
+
+def markdown(arms: Sequence[Arm]) -> str:
+    """All columns as a Markdown table, with what they mean below."""
+    if not arms:
+        return "No downstream result is published.\n"
+    lines = [list(cells(arms[0])), ["---"] * len(cells(arms[0])), *(list(cells(arm).values()) for arm in arms)]
+    table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return f"{table}\nIntervals: Student's t over seeds, 95 %; differences are paired by seed.\n"
+
+
+def _arm(row: str, folder: Path, params: Params, pretrained: Mapping[str, Pretrained], before: Sequence[Arm]) -> Arm:
+    manifest, said = _read(folder / "manifest.json"), _read(folder / "results.json")
+    try:
+        seeds = {int(one["seed"]): float(one["test_accuracy"]) for one in said["seeds"]}
+        init, key, score = said["init"], (said["task"], said["data"], said["labels"]), interval(list(seeds.values()))
+        rivals = [arm for arm in before if arm.init == SCRATCH != init and arm.comparison == key]
+        same = [arm for arm in rivals if _encoder(params, arm.row) == _encoder(params, row)]
+        # The strongest of several baselines: a claim has to hold against it.
+        rival = max(same or rivals, key=lambda arm: arm.score.mean, default=None)
+        shared = [seed for seed in seeds if rival and seed in rival.seeds]
+        gain = difference([seeds[s] for s in shared], [rival.seeds[s] for s in shared]) if rival and shared else None
+        words = "baseline" if init == SCRATCH else f"no seed in common with {rival.row}" if rival else "no baseline"
+        extra = 0.0 if init == SCRATCH else pretrained[init].manifest["device_hours"] if init in pretrained else None
+        return Arm(
+            row, key[0], init, key[1], key[2], score, seeds, said["lr"], said["grid"], manifest["wall_seconds"],
+            manifest["device_hours"], extra, rival.row if rival else None, bool(same), gain,
+            verdict(gain) if gain else words, manifest,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise workspace.UserError(f"{folder}: not a whole result ({error!r}); run `dvc repro` again") from error
+
+
+def _encoder(params: Params, row: str) -> dict[str, Any]:
+    judged = params.judged()[row]
+    # Without drop_path: a downstream row sets its own.
+    return {**(judged.encoder or params.pretrain[judged.init].encoder).model_dump(), "drop_path": None}
+
+
+def _curve(text: str) -> list[Line]:
+    return [{key: float(cell) for key, cell in line.items() if cell} for line in csv.DictReader(text.splitlines())]
+
+
+def _read(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:
+    try:
+        return parse(path.read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise workspace.UserError(f"{path}: cannot be read ({error}); run `dvc repro` again") from error

@@ -1,0 +1,227 @@
+"""The record in MLflow: a parent run a stage, a child run a job, with curves, pictures, lineage and the registered encoder.
+
+MLflow is a view: the truth lies in the files that jobs and stages write. A server that does not answer costs a warning
+and the view, never the training; the next run of a job under the same key goes on in the same MLflow run, and points that
+are there already are not written twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.tracking import MlflowClient
+from mlflow.types.schema import Schema, TensorSpec
+
+from flows import servers, workspace
+
+EXPERIMENT = "unmask"
+UPLOAD_SECONDS = 5.0
+HIDDEN = frozenset({"step", "steps", "time"})
+Given = TypeVar("Given")
+
+
+class Record:
+    """The MLflow runs of one stage; every call survives a server that does not."""
+
+    def __init__(self, stage: str, row: str, folder: Path, data: Mapping[str, str], params: Mapping[str, Any]) -> None:
+        """Open the stage's parent run, or the one that `folder`, the stage's state, says is already there."""
+        self.stage, self.row, self.data = stage, row, data
+        self.lost = ""
+        self.client = MlflowClient()
+        self.monitor: SystemMetricsMonitor | None = None
+        self.parent = self.attempt(lambda: self._open(f"{stage} {row}", folder, params, None))
+        if self.parent:
+            parent = self.parent
+            self.attempt(lambda: self._watch_system(parent))
+
+    def attempt(self, call: Callable[[], Given]) -> Given | None:
+        """Make a call to MLflow unless an earlier one failed; a failure is told once."""
+        if self.lost:
+            return None
+        try:
+            return call()
+        except (MlflowException, OSError) as error:
+            self.lost = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(f"MLflow does not answer, the run goes on without it: {self.lost}", stacklevel=2)
+            return None
+
+    def child(self, name: str, folder: Path, params: Mapping[str, Any]) -> Curve:
+        """Open a job's run under the stage's, or the one that the job's folder says is there."""
+        run = self.attempt(lambda: self._open(name, folder, params, self.parent))
+        return Curve(self, run)
+
+    def metrics(self, run: str | None, values: Mapping[str, Any], step: int = 0) -> None:
+        now = int(time.time() * 1000)
+        points = [
+            Metric(key, float(value), now, step)
+            for key, value in values.items()
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        ]
+        if run:
+            self.attempt(lambda: self.client.log_batch(run, metrics=points))
+
+    def file(self, run: str | None, path: Path, folder: str | None = None) -> None:
+        if run:
+            self.attempt(lambda: self.client.log_artifact(run, str(path), folder))
+
+    def register(self, name: str, weights: Path, about: Mapping[str, Any]) -> None:
+        """Register an encoder: a model that embeds uint8 images, with its own preprocessing and no pickled code."""
+        if self.parent:
+            parent = self.parent
+            self.attempt(lambda: self._register(parent, name, weights, about))
+
+    def end(self, run: str | None, status: str = "FINISHED") -> None:
+        if run == self.parent and self.monitor:
+            self.monitor.finish()
+        if run:
+            self.attempt(lambda: self.client.set_terminated(run, status))
+
+    def _open(self, name: str, folder: Path, params: Mapping[str, Any], parent: str | None) -> str:
+        marker = folder / "mlflow.json"
+        if marker.exists():
+            run = str(json.loads(marker.read_text())["run_id"])
+            try:
+                self.client.update_run(run, status="RUNNING")
+                return run
+            except MlflowException:  # the record was cleared since: begin a new run
+                marker.unlink()
+        tags = {"mlflow.runName": name, "stage": self.stage, "row": self.row, "data": self.data["name"]}
+        tags |= {"data_md5": self.data["md5"], "code": workspace.code_fingerprint()}
+        commit = workspace.git("rev-parse", "HEAD")
+        if commit:
+            tags["mlflow.source.git.commit"] = commit.strip()
+        if parent:
+            tags["mlflow.parentRunId"] = parent
+        run = self.client.create_run(_experiment(self.client), tags=tags).info.run_id
+        flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items()]
+        self.client.log_batch(run, params=flat)
+        dataset = Dataset(self.data["name"], self.data["md5"], "local", json.dumps({"folder": f"data/{self.data['name']}"}))
+        self.client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", self.stage)])])
+        self.client.log_dict(run, dict(params), "params.json")
+        folder.mkdir(parents=True, exist_ok=True)
+        workspace.write_json(marker, {"run_id": run})
+        return run
+
+    def _watch_system(self, run: str) -> None:
+        self.monitor = SystemMetricsMonitor(run, sampling_interval=5, samples_before_logging=2, resume_logging=True)
+        self.monitor.start()
+
+    def _register(self, run: str, name: str, weights: Path, about: Mapping[str, Any]) -> None:
+        (height, width), channels = about["size"], about["channels"]
+        signature = ModelSignature(
+            Schema([TensorSpec(_dtype("uint8"), (-1, height, width, channels), "images")]),
+            Schema([TensorSpec(_dtype("float32"), (-1, about["encoder"]["width"]))]),
+        )
+        versions = workspace.versions()
+        requirements = [f"{package}=={versions[package]}" for package in ("torch", "torchvision", "timm", "numpy")]
+        requirements += ["safetensors", "pydantic", "jaxtyping", "scipy", "pillow"]
+        with mlflow.start_run(run_id=run):
+            mlflow.pyfunc.log_model(
+                name="encoder",
+                python_model=str(Path(__file__).with_name("served_encoder.py")),
+                artifacts={"weights": str(weights)},
+                code_paths=[str(Path(__file__).parents[1] / "mim_core")],
+                signature=signature,
+                pip_requirements=requirements,
+                registered_model_name=name,
+            )
+        # Leaving the block ended the run; its stage ends it.
+        self.client.update_run(run, status="RUNNING")
+
+
+class Curve:
+    """A job's curve on its way to its run: gathered, and sent every few seconds."""
+
+    def __init__(self, record: Record, run: str | None) -> None:
+        self.record, self.run = record, run
+        self.waiting: list[Metric] = []
+        self.sent = time.monotonic()
+        self.there: set[tuple[str, int]] = set()
+        if run:
+            self.there = record.attempt(lambda: _points(record.client, run)) or set()
+
+    def add(self, lines: Sequence[Mapping[str, float]]) -> None:
+        """Take new lines of the curve."""
+        for line in lines:
+            for key, value in line.items():
+                point = (key, int(line["step"]))
+                if key in HIDDEN or point in self.there or not math.isfinite(value):
+                    continue
+                self.there.add(point)
+                self.waiting.append(Metric(key, value, int(line["time"] * 1000), int(line["step"])))
+        if time.monotonic() - self.sent > UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what waits; up to 1,000 points a call, MLflow's limit."""
+        for start in range(0, len(self.waiting), 1000):
+            part = self.waiting[start : start + 1000]
+            if self.run:
+                run = self.run
+                self.record.attempt(lambda part=part, run=run: self.record.client.log_batch(run, metrics=part))  # type: ignore[misc]
+        self.waiting, self.sent = [], time.monotonic()
+
+    def finish(self, values: Mapping[str, Any]) -> None:
+        """Send the rest and the final values, and end the run."""
+        self.flush()
+        final = {key: value for key, value in values.items() if (key, int(values["steps"])) not in self.there}
+        self.record.metrics(self.run, final, int(values["steps"]))
+        self.record.end(self.run)
+
+
+def flatten(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Name nested params by their path with points, as rows in `params/` are addressed."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= flatten(inner, f"{path}{key}.")
+        else:
+            flat[f"{path}{key}"] = inner
+    return flat
+
+
+def compare_address(runs: Sequence[str]) -> str | None:
+    """The page that compares runs, where a server runs."""
+    ports = servers.running()
+    if "mlflow" not in ports or not runs:
+        return None
+    experiment = MlflowClient().get_run(runs[0]).info.experiment_id
+    ids = json.dumps(list(runs), separators=(",", ":"))
+    return f"{servers.address('mlflow', ports)}/#/compare-runs?runs={ids}&experiments=[%22{experiment}%22]"
+
+
+def _experiment(client: MlflowClient) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found:
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(EXPERIMENT, artifact_location=servers.artifacts()))
+    except MlflowException:  # another stage made it just now
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if not found:
+            raise
+        return str(found.experiment_id)
+
+
+def _points(client: MlflowClient, run: str) -> set[tuple[str, int]]:
+    keys = client.get_run(run).data.metrics
+    return {(key, point.step) for key in keys for point in client.get_metric_history(run, key)}
+
+
+def _dtype(name: str) -> Any:
+    import numpy as np
+
+    return np.dtype(name)
+
+

@@ -1,0 +1,76 @@
+"""The order of batches, as a pure function of the step, and the one loader of every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mim_core.masks import generator
+
+Address = tuple[int, int]
+"""(epoch, index of the image): what a sample's random draws are addressed by."""
+
+
+@dataclass(frozen=True)
+class Order(Sampler[list[Address]]):
+    """Batches of addresses from step `start` to step `steps`; each epoch has its own permutation.
+
+    The incomplete batch at an epoch's end is left out, as in the papers' code.
+    """
+
+    indices: np.ndarray
+    batch: int
+    seed: int
+    start: int
+    steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, len(self.indices) // self.batch)
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[Address]]:
+        shuffled: tuple[int, np.ndarray] | None = None
+        for step in range(self.start, self.steps):
+            epoch, at = divmod(step, self.steps_per_epoch)
+            if shuffled is None or shuffled[0] != epoch:
+                shuffled = epoch, generator(self.seed, epoch, 0, stream=2).permutation(self.indices)
+            for_step = shuffled[1][at * self.batch : (at + 1) * self.batch]
+            yield [(epoch, int(index)) for index in for_step]
+
+
+class Fetched(Dataset[Any]):
+    """A dataset that makes a whole batch from its addresses at once."""
+
+    def __init__(self, fetch: Callable[[Sequence[Address]], Any]) -> None:
+        self.fetch = fetch
+
+    def __getitem__(self, address: Address) -> Any:
+        return self.fetch([address])
+
+    def __getitems__(self, addresses: Sequence[Address]) -> Any:
+        return self.fetch(addresses)
+
+
+def loader(fetch: Callable[[Sequence[Address]], Any], order: Order, workers: int = 0) -> DataLoader[Any]:
+    """Load batches in order.
+
+    Workers come from a fork server: forked children of a process that runs orchestrator threads die at the epoch's end.
+    """
+    return DataLoader(
+        Fetched(fetch),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_same,
+        multiprocessing_context="forkserver" if workers else None,
+    )
+
+
+def _same(batch: Any) -> Any:
+    return batch

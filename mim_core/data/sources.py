@@ -1,0 +1,6 @@
+"""Sources of datasets by name: each reads one form in which users have their images."""
+
+from mim_core.data.folder import folder
+from mim_core.data.scenes import scenes
+
+SOURCES = {"scenes": scenes, "folder": folder}

@@ -1,0 +1,89 @@
+"""The training loop: read, forward, backward, clip, step, report, evaluate, save. It serves every stage that trains."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mim_core.optim import Player
+
+Scalars = dict[str, float]
+
+
+class Objective(Protocol):
+    """What is trained. `losses` yields (player, loss), each loss computed after the previous player's step."""
+
+    def losses(self, batch: Any) -> Iterator[tuple[str, Tensor]]: ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss was NaN or infinite; the message gives the steps between which it went wrong."""
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after `step` steps."""
+    return step == total or (every > 0 and step % every == 0)
+
+
+def train(
+    objective: Objective,
+    players: Mapping[str, Player],
+    batches: Iterable[Any],
+    *,
+    seed: int,
+    start: int,
+    steps: int,
+    report: Callable[[int, Scalars], None],
+    report_every: int,
+    save: Callable[[int], None],
+    save_every: int,
+    evaluate: Callable[[int], Scalars],
+    evaluate_every: int,
+) -> None:
+    """Train from `start` steps done to `steps` done; `batches` begin with the batch of step `start`.
+
+    Raises NonFiniteLoss. Reported scalars are means over the steps since the last report.
+    """
+    window: dict[str, Tensor] = {}
+    since, images, begun = start, 0, time.perf_counter()
+    for step, batch in enumerate(batches, start):
+        # Dropout and drop path draw from a stream that the step alone names, so a resume needs no generator state.
+        torch.manual_seed(seed << 32 | step)
+        for name, loss in objective.losses(batch):
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = players[name].step(step)
+            prefix = "" if name == "model" else f"{name}_"
+            for key, value in ((f"{prefix}loss", loss.detach()), (f"{prefix}grad_norm", norm)):
+                # Summed on the device: reading a value here would make the device wait at every step.
+                window[key] = window[key] + value if key in window else value
+        images += len(batch)
+        done = step + 1
+        if due(done, report_every, steps):
+            scalars = {key: value.item() / (done - since) for key, value in window.items()}
+            _check_finite(scalars, since, done)
+            scalars |= {"lr": players["model"].rate(step), "images_per_s": images / (time.perf_counter() - begun)}
+            report(done, scalars)
+            window, since = {}, done
+            images, begun = 0, time.perf_counter()
+        if due(done, evaluate_every, steps):
+            paused = time.perf_counter()
+            report(done, evaluate(done))
+            begun += time.perf_counter() - paused
+        if due(done, save_every, steps):
+            save(done)
+        if done == steps:
+            return
+
+
+def _check_finite(scalars: Scalars, since: int, done: int) -> None:
+    for key, value in scalars.items():
+        if key.endswith("loss") and not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"{key} is {value} between steps {since + 1} and {done}; lower optim.lr, lengthen optim.warmup_epochs "
+                "or set precision: fp32"
+            )

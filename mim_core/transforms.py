@@ -1,0 +1,56 @@
+"""Transforms on uint8 images, drawn from the sample's own generator."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from mim_core.spec import Range, Strict
+
+
+class Augment(Strict):
+    """Random resized crop and horizontal flip, as the papers' pretraining uses them.
+
+    `scale` is the crop's share of the area, `ratio` its width over height, `flip` a probability.
+    """
+
+    scale: Range = (0.67, 1.0)
+    ratio: Range = (3 / 4, 4 / 3)
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        """Augment one uint8 image [c, H, W]; the size stays."""
+        height, width = image.shape[-2:]
+        top, left, h, w = crop_box(rng, height, width, self.scale, self.ratio)
+        if (h, w) != (height, width):
+            image = TF.resized_crop(image, top, left, h, w, [height, width], antialias=True)
+        return TF.horizontal_flip(image) if rng.random() < self.flip else image
+
+
+def crop_box(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draw a crop (top, left, height, width) as torchvision's RandomResizedCrop does: ten tries, then the centre."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Turn uint8 images [b, c, H, W] into floats of zero mean and unit deviation a channel."""
+    # (x / 255 - mean) / std as one multiply and one add.
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
+    return images.to(torch.float32) * scale + shift
