@@ -3,9 +3,9 @@
 The tools' environment is settled here, before any of them is imported: Prefect reads its settings at import.
 """
 
+import contextlib
+
 from flows import servers, workspace
 
-try:
+with contextlib.suppress(workspace.UserError):  # outside a workspace only `--help` works, which needs none of them
     servers.apply()
-except workspace.UserError:
-    pass  # outside a workspace only `--help` works, and it needs none of the tools

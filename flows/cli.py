@@ -20,7 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except workspace.UserError as error:
         sys.exit(f"unmask: {error}")
     except PermissionError as error:
-        sys.exit(f"unmask: {error.filename}: no permission ({error.strerror}); give yourself access with chmod or chown")
+        sys.exit(
+            f"unmask: {error.filename}: no permission ({error.strerror}); give yourself access with chmod or chown"
+        )
     except KeyboardInterrupt:
         sys.exit("unmask: interrupted; the same command goes on from the last checkpoint")
 
@@ -42,13 +44,17 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--no-open", action="store_true", help="print the addresses only")
     add("check", _check, "check every row of params/")
     add("report", _report, "build the report of all published results")
-    data = commands.add_parser("data", help="bring datasets in and verify them").add_subparsers(metavar="ACTION", required=True)
+    data = commands.add_parser("data", help="bring datasets in and verify them").add_subparsers(
+        metavar="ACTION", required=True
+    )
     restore = data.add_parser("restore", help="fill data/ on a fresh clone and verify it against data.dvc")
     restore.set_defaults(command=_restore)
     new = data.add_parser("add", help="bring in a folder of images: flat, or one sub-folder a class")
     new.add_argument("folder", type=Path, metavar="FOLDER")
     new.add_argument("--name", required=True, help="the dataset's name in params/ and data/")
-    new.add_argument("--size", type=_size, metavar="H[xW]", help="size in px that images get; guessed from them if left out")
+    new.add_argument(
+        "--size", type=_size, metavar="H[xW]", help="size in px that images get; guessed from them if left out"
+    )
     new.add_argument("--replace", action="store_true", help="replace the dataset of this name")
     new.set_defaults(command=_add)
     return parser

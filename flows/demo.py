@@ -6,11 +6,12 @@ import json
 import subprocess
 import sys
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from flows import data, doctor, servers, workspace
+from flows import data, doctor, findings, results, servers, workspace
 
 
 def demo(console: Console) -> None:
@@ -55,18 +56,16 @@ def reproduce(*targets: str) -> None:
 
 def show(console: Console, started: float, servers_up: float) -> None:
     """Print the result table, where the time went, and where to look."""
-    from flows import results
-
     found = results.read()
-    header, lines = results.terminal(found)
+    header, lines = results.terminal(found.arms)
     console.rule("result", align="left")
     table = Table(box=None, pad_edge=False)
     for name in header:
         table.add_column(name, overflow="fold")
-    for line in lines:
-        table.add_row(*line)
+    for cells in lines:
+        table.add_row(*cells)
     console.print(table)
-    console.print(results.headline(found), highlight=False, markup=False)
+    console.print(findings.headline(found), highlight=False, markup=False)
     console.rule("time", align="left")
     spent = [line for line in timings() if line["ended"] >= started]
     total = time.time() - started
@@ -75,7 +74,9 @@ def show(console: Console, started: float, servers_up: float) -> None:
     else:
         for line in spent:
             share = line["wall"] / total
-            console.print(f"{line['stage']:34} {line['wall']:6.0f} s {share:5.0%}   work {line['work']:.0f} s", highlight=False)
+            console.print(
+                f"{line['stage']:34} {line['wall']:6.0f} s {share:5.0%}   work {line['work']:.0f} s", highlight=False
+            )
         work = sum(line["work"] for line in spent)
         running = time.time() - servers_up
         console.print(
@@ -89,20 +90,22 @@ def show(console: Console, started: float, servers_up: float) -> None:
         console.print(f"{name:9} {where}", highlight=False, soft_wrap=True, markup=False)
 
 
-def places(found: object) -> dict[str, str]:
-    """Where the results can be seen: the report's file, MLflow's compare page, Prefect's runs."""
-    summary = workspace.report_folder() / "summary.json"
+def places(found: results.Published) -> dict[str, str]:
+    """Where the results can be seen: the report's file, MLflow's compare page, Prefect's run of the last arm."""
     where = {"report": str(workspace.report_folder() / "index.html")}
-    links = json.loads(summary.with_name("links.json").read_text()) if summary.with_name("links.json").exists() else {}
     ports = servers.running()
+    manifests = [arm.manifest for arm in found.arms]
+    compared = servers.compare_page([said["mlflow_run_id"] for said in manifests if said.get("mlflow_run_id")])
     if "mlflow" in ports:
-        where["mlflow"] = links.get("compare") or servers.address("mlflow", ports)
+        where["mlflow"] = compared or servers.address("mlflow", ports)
     if "prefect" in ports:
-        where["prefect"] = links.get("prefect") or f"{servers.address('prefect', ports)}/runs"
+        runs = [said["prefect_flow_run_id"] for said in manifests if said.get("prefect_flow_run_id")]
+        page = f"/runs/flow-run/{runs[-1]}" if runs else "/runs"
+        where["prefect"] = f"{servers.address('prefect', ports)}{page}"
     return where
 
 
-def timings() -> list[dict[str, float]]:
-    """What stages noted of their time: wall and work seconds."""
+def timings() -> list[dict[str, Any]]:
+    """What stages noted of their time: `stage`, when it `ended`, `wall` and `work` in seconds."""
     path = workspace.home() / "timings.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

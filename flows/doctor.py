@@ -100,7 +100,9 @@ def _device() -> Finding:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         flags = ""
-    kind = "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32 (no bf16 instructions: about 2 times slower)"
+    kind = (
+        "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32 (no bf16 instructions: about 2 times slower)"
+    )
     return Finding("device", f"CPU, {cores()} cores, {kind}")
 
 

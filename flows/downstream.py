@@ -23,7 +23,13 @@ from flows.workers import Workers, cores, slots
 Point = dict[str, Any]
 
 
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=1, retry_condition_fn=died, task_run_name="lr {lr} seed {seed}")
+@task(
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=1,
+    retry_condition_fn=died,
+    task_run_name="lr {lr} seed {seed}",
+)
 def fine_tune(stage: Stage, workers: Workers, record: Any, bar: Bar, lr: float, seed: int, test: bool) -> Point:
     """Fine-tune with one learning rate and seed; with `test`, score on test images too."""
     folder = stage.state / f"lr_{lr:g}_seed_{seed}"
@@ -54,8 +60,12 @@ def init_file(stage: Stage) -> Path | None:
     return None if init == "scratch" else workspace.run_folder("pretrain", init) / "encoder.safetensors"
 
 
-def check_budget(stage: Stage) -> None:
-    """Refuse what the pack cannot serve, before anything is trained; raises UserError."""
+def checked(row: str) -> Stage:
+    """Check all that can be checked before work starts, labels and the encoder's file too; raises UserError."""
+    stage = Stage("downstream", row, ("baselines", "downstream"))
+    init = init_file(stage)
+    if init and not init.exists():
+        raise workspace.UserError(f"{init}: the encoder is missing; run `dvc repro pretrain@{stage.params['init']}`")
     meta = json.loads((stage.pack / "meta.json").read_text())
     where = f"downstream.yaml: {stage.row}"
     for split in ("train", "validation", "test"):
@@ -67,12 +77,13 @@ def check_budget(stage: Stage) -> None:
     labels, there = stage.params["labels"], meta["labelled"]["train"]
     if labels and labels > there:
         raise workspace.UserError(f"{where}.labels: found {labels}; the training split has {there} labels; lower it")
+    return stage
 
 
 @task(cache_policy=NO_CACHE)
 def publish(stage: Stage, record: Any, grid: Sequence[Point], finals: Sequence[Point]) -> tuple[Path, Point]:
     """Put results where DVC expects them; the manifest comes last."""
-    from mim_core.metrics import interval
+    from mim_core.statistics import interval
 
     best = max(finals, key=lambda point: float(point["validation_accuracy"]))
     job = stage.state / f"lr_{best['lr']:g}_seed_{best['seed']}"
@@ -122,7 +133,9 @@ def publish(stage: Stage, record: Any, grid: Sequence[Point], finals: Sequence[P
 
 
 @task(cache_policy=NO_CACHE)
-def show(stage: Stage, record: Any, folder: Path, metrics: Point, grid: Sequence[Point], finals: Sequence[Point]) -> None:
+def show(
+    stage: Stage, record: Any, folder: Path, metrics: Point, grid: Sequence[Point], finals: Sequence[Point]
+) -> None:
     """Show the run where people look: MLflow's parent run, Prefect's artifacts."""
     record.metrics(record.parent, metrics)
     for name in ("results.json", "manifest.json", "curve.csv"):
@@ -130,14 +143,15 @@ def show(stage: Stage, record: Any, folder: Path, metrics: Point, grid: Sequence
     record.end(record.parent)
     keys = ("lr", "seed", "validation_accuracy", "test_accuracy", "seconds")
     table = [{key: round(point[key], 5) for key in keys if key in point} for point in (*grid[1:], *finals)]
-    create_table_artifact(table, key="result", description=f"{stage.row}: learning rate {metrics['lr']:g} chosen on validation")
+    create_table_artifact(
+        table, key="result", description=f"{stage.row}: learning rate {metrics['lr']:g} chosen on validation"
+    )
 
 
 @flow(name="downstream", flow_run_name="downstream {row}", task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]
 def downstream(row: str) -> None:
     """Judge one row of params/downstream.yaml."""
-    stage = Stage("downstream", row, ("baselines", "downstream"))
-    check_budget(stage)
+    stage = checked(row)
     count = slots()
     workers = Workers(count, max(1, cores() // count), f"downstream-{row}", stage.spans)
     from flows.tracking import Record  # imported while the workers import torch
@@ -166,4 +180,4 @@ def downstream(row: str) -> None:
 
 
 if __name__ == "__main__":
-    command("downstream", downstream)
+    command("downstream", checked, downstream)

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
-from flows.results import SCRATCH, Arm, Line, Pretrained
+from flows.results import SCRATCH, Arm, Pretrained
 
 WIDTH_IN, DPI = 6.5, 200
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -121,11 +121,12 @@ def _arm(axes: Axes, place: int, arm: Arm, look: Look) -> None:
     mean, half = 100 * arm.score.mean, 100 * arm.score.half
     end = max(values)
     if arm.score.count > 1:
-        axes.errorbar(mean, place, xerr=half, color=look.colour, elinewidth=1.4, capsize=3, capthick=1.4, zorder=2)
+        axes.errorbar(mean, place, xerr=half, color=look.colour, elinewidth=1.2, capsize=3, capthick=1.2, zorder=2)
         end = max(end, mean + half)
-        axes.plot(values, [place] * len(values), look.marker, ms=4, mfc="white", mec=look.colour, mew=0.9, zorder=3)
-        tick = [place - 0.24, place + 0.24]
-        axes.plot([mean, mean], tick, color=look.colour, lw=2.2, solid_capstyle="butt", zorder=4)
+        tick = [place - 0.3, place + 0.3]
+        axes.plot([mean, mean], tick, color=look.colour, lw=2, solid_capstyle="butt", zorder=3)
+        # Open markers on top, so that seeds with nearly the same value can be told apart.
+        axes.plot(values, [place] * len(values), look.marker, ms=4, mfc="white", mec=look.colour, mew=0.9, zorder=4)
     else:
         axes.plot(values, [place], look.marker, ms=5, color=look.colour, zorder=3)
     interval = f"{mean:.1f} \N{PLUS-MINUS SIGN} {half:.1f}" if arm.score.count > 1 else f"{mean:.1f} (one seed)"
@@ -203,7 +204,7 @@ def _tried(axes: Axes, arm: Arm, look: Look) -> None:
         axes.plot(arm.lr, means[rates.index(arm.lr)], "o", ms=10, mfc="none", mec=look.colour, mew=1.3)
 
 
-def _series(curve: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
+def _series(curve: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
     """The steps and values of the lines that have a value and are finite."""
     points = [(line["step"], line[key]) for line in curve if key in line and math.isfinite(line[key])]
     return [step for step, _ in points], [value for _, value in points]

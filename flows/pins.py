@@ -22,6 +22,7 @@ import yaml
 
 from flows import workspace
 from flows.workspace import UserError
+from mim_core.files import write_atomically
 
 IGNORED = (".git", ".hg", ".dvc/")
 """What DVC leaves out everywhere, in the syntax of .dvcignore."""
@@ -116,7 +117,7 @@ def listing() -> Listing:
         sure = {names[path]: [*marks[path], found[names[path]]] for path in settled}
         if sure != known:
             kept = {key: value for key, value in kept.items() if os.path.isdir(key)}
-            workspace.write_json(memory, {**kept, str(folder): sure})
+            write_atomically(memory, json.dumps({**kept, str(folder): sure}))
     return found
 
 
@@ -146,7 +147,20 @@ def _file_md5(path: str) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def mismatch(found: Listing, trouble: str = "") -> UserError:
+def verified(trouble: str = "", *, apart_from: str | None = None) -> Listing:
+    """Give the files of data/ where they are as pinned, but for a dataset that may differ; raises UserError.
+
+    `trouble` is what an attempt to mend them ran into, for the message.
+    """
+    found, known = listing(), pinned_listing() if apart_from else None
+    if folder_md5(found) != pin()[0]:
+        differing = {path for path, _ in found.items() ^ known.items()} if known else {""}
+        if any(not path.startswith(f"{apart_from}/") for path in differing):
+            raise _mismatch(found, trouble)
+    return found
+
+
+def _mismatch(found: Listing, trouble: str) -> UserError:
     """Say how data/ differs from its pin, and what can be done."""
     pinned, text = pin()
     known = pinned_listing()

@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows import workspace
-from flows.progress import Count
+from flows.progress import Bar
 from flows.stage import Stage, command
 
 
@@ -26,16 +26,22 @@ def write_pack(stage: Stage) -> None:
     try:
         source = build(SOURCES, row.source, workspace.data_folder(stage.row))
         total = sum(source.counts.values())
-        with Count(f"prepare {stage.row}", total) as bar:
-            pack.write(source, stage.pack, {"name": stage.row, "md5": stage.data["md5"], "row": stage.params}, bar.update)
+        about = {"name": stage.row, "md5": stage.data["md5"], "row": stage.params}
+        with Bar(f"prepare {stage.row}", 1) as bar:
+            pack.write(source, stage.pack, about, lambda done: bar.count(done, total))
     except (ValueError, OSError) as error:
         raise workspace.UserError(f"data/{stage.row}: {error}") from error
+
+
+def checked(dataset: str) -> Stage:
+    """Check all that can be checked before work starts; raises UserError."""
+    return Stage("prepare", dataset, ("data",))
 
 
 @flow(name="prepare", flow_run_name="prepare {dataset}")
 def prepare(dataset: str) -> None:
     """Decode data/<dataset> into packs/<dataset>."""
-    stage = Stage("prepare", dataset, ("data",))
+    stage = checked(dataset)
     begun = time.time()
     write_pack(stage)
     stage.spans.append((begun, time.time()))
@@ -43,11 +49,12 @@ def prepare(dataset: str) -> None:
     counts = "\n".join(f"| {split} | {count} |" for split, count in meta["counts"].items())
     create_markdown_artifact(
         f"**{dataset}** (md5 {meta['md5']}), {meta['size'][0]} x {meta['size'][1]} px, {meta['channels']} channels, "
-        f"{len(meta['classes'])} classes, {len(meta['quarantined'])} files quarantined\n\n| split | images |\n|---|---|\n{counts}",
+        f"{len(meta['classes'])} classes, {len(meta['quarantined'])} files quarantined"
+        f"\n\n| split | images |\n|---|---|\n{counts}",
         key="pack",
     )
     stage.close()
 
 
 if __name__ == "__main__":
-    command("prepare", prepare)
+    command("prepare", checked, prepare)

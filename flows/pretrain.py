@@ -72,10 +72,15 @@ def show(stage: Stage, record: Any, folder: Path, result: dict[str, Any]) -> Non
     create_markdown_artifact(f"**{stage.row}**\n\n| | |\n|---|---|\n{lines}", key="result")
 
 
+def checked(row: str) -> Stage:
+    """Check all that can be checked before work starts; raises UserError."""
+    return Stage("pretrain", row, ("pretrain",))
+
+
 @flow(name="pretrain", flow_run_name="pretrain {row}")
 def pretrain(row: str) -> None:
     """Pretrain one row of params/pretrain.yaml."""
-    stage = Stage("pretrain", row, ("pretrain",))
+    stage = checked(row)
     workers = Workers(1, cores(), f"pretrain-{row}", stage.spans)
     from flows.tracking import Record  # imported while the worker imports torch
 
@@ -94,4 +99,4 @@ def pretrain(row: str) -> None:
 
 
 if __name__ == "__main__":
-    command("pretrain", pretrain)
+    command("pretrain", checked, pretrain)

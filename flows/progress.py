@@ -34,7 +34,9 @@ class Bar:
             self.task = self.bar.add_task(self.title, total=1.0, said="starting")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar:
             self.bar.stop()
         elif self.latest:
@@ -76,18 +78,12 @@ class Bar:
         left = f"{spent / new * (1 - done):.0f} s left" if new > 0 else ""
         return f"{steps}  loss {loss:.4f}  {speed:.0f} images/s  {left}"
 
-
-class Count(Bar):
-    """Progress of a stage that counts images."""
-
-    def __init__(self, title: str, total: int) -> None:
-        super().__init__(title, 1)
-        self.total = total
-
-    def update(self, done: int) -> None:  # type: ignore[override]
-        speed = done / (time.monotonic() - self.begun)
+    def count(self, done: int, total: int) -> None:
+        """Take the number of images done, for a stage that counts images instead of steps."""
+        now = time.monotonic()
+        said = f"{done}/{total}  {done / (now - self.begun):.0f} images/s"
         if self.bar:
-            self.bar.update(self.task, completed=done / self.total, said=f"{done}/{self.total}  {speed:.0f} images/s")
-        elif time.monotonic() - self.told > LINE_SECONDS:
-            self.told = time.monotonic()
-            print(f"  {self.title}  {done}/{self.total}  {speed:.0f} images/s", flush=True)
+            self.bar.update(self.task, completed=done / total, said=said)
+        elif now - self.told > LINE_SECONDS:
+            self.told = now
+            print(f"  {self.title}  {said}", flush=True)

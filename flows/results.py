@@ -1,7 +1,4 @@
-"""The published results: arms, their statistics over seeds, what each one cost.
-
-All of it comes from files that stages published; no server is asked, so a report can be made anywhere at any time.
-"""
+"""The published results: arms, their statistics over seeds, and their cost, from files alone: no server is asked."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flows import workspace
-from mim_core.metrics import Interval, difference, interval
-from mim_core.params import Params, load
+from flows import rows, workspace
+
+if TYPE_CHECKING:
+    from mim_core.statistics import Interval
 
 SCRATCH = "scratch"
-Line = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Pretrained:
 
     row: str
     manifest: Mapping[str, Any]
-    curve: Sequence[Line]
+    curve: Sequence[Mapping[str, float]]
     folder: Path
 
 
@@ -70,7 +67,7 @@ class Arm:
 class Published:
     """All that the rows in `params/` have published, in their order; `absent` names the rest as `<stage> <row>`."""
 
-    params: Params
+    rows: rows.Rows
     arms: Sequence[Arm]
     pretrained: Mapping[str, Pretrained]
     packs: Mapping[str, Mapping[str, Any]]
@@ -78,15 +75,14 @@ class Published:
 
 
 def read() -> Published:
-    """Read what is published; raises SpecError for bad rows and UserError for a broken file."""
-    params = load(workspace.params_folder())
-    metas = {name: workspace.pack_folder(name) / "meta.json" for name in params.data}
-    packs = {name: _read(meta) for name, meta in metas.items() if meta.exists()}
-    absent = [f"prepare {name}" for name in metas if name not in packs]
+    """Read what is published; raises UserError for bad rows and for a broken file."""
+    given = rows.load()
+    packs = {n: _read(meta) for n in given["data"] if (meta := workspace.pack_folder(n) / "meta.json").exists()}
+    absent = [f"prepare {name}" for name in given["data"] if name not in packs]
     pretrained: dict[str, Pretrained] = {}
     arms: list[Arm] = []
-    # Baselines come first in `judged()`: the other arms are compared with them.
-    for stage, row in [("pretrain", row) for row in params.pretrain] + [("downstream", row) for row in params.judged()]:
+    judged = [*given["baselines"], *given["downstream"]]  # baselines before the arms that are compared with them
+    for stage, row in [("pretrain", row) for row in given["pretrain"]] + [("downstream", row) for row in judged]:
         folder = workspace.run_folder(stage, row)
         if not (folder / "manifest.json").exists():
             absent.append(f"{stage} {row}")
@@ -94,19 +90,13 @@ def read() -> Published:
             manifest, curve = _read(folder / "manifest.json"), _read(folder / "curve.csv", _curve)
             pretrained[row] = Pretrained(row, manifest, curve, folder)
         else:
-            arms.append(_arm(row, folder, params, pretrained, arms))
-    return Published(params, arms, pretrained, packs, absent)
+            arms.append(_arm(row, folder, given, pretrained, arms))
+    return Published(given, arms, pretrained, packs, absent)
 
 
 def stale(manifest: Mapping[str, Any]) -> bool:
     """Whether a result was made by other code than the code that lies here."""
     return bool(manifest.get("code") != workspace.code_fingerprint())
-
-
-def run_ids(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Give the ids of a run in MLflow and in Prefect, those that there are."""
-    told = [(key.split("_")[0], value) for key, value in manifest.items() if "run" in key and isinstance(value, str)]
-    return {tool: value for tool, value in sorted(told) if tool in ("mlflow", "prefect")}
 
 
 def verdict(gain: Interval) -> str:
@@ -155,9 +145,9 @@ def cells(arm: Arm) -> dict[str, str]:
 
 
 def terminal(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows for a terminal: the columns that fit there."""
-    header = ["arm", "labels", "test accuracy, % [95 %]", "lr", "difference to baseline", "with pretraining"]
-    return [*header[:-1], "device-hours"], [[cells(arm)[key] for key in header] for arm in arms]
+    """Give header and rows for a terminal: the columns that fit there; device-hours are those with pretraining."""
+    keys = ["arm", "labels", "test accuracy, % [95 %]", "lr", "difference to baseline", "with pretraining"]
+    return [*keys[:-1], "device-hours"], [[cells(arm)[key] for key in keys] for arm in arms]
 
 
 def markdown(arms: Sequence[Arm]) -> str:
@@ -169,13 +159,15 @@ def markdown(arms: Sequence[Arm]) -> str:
     return f"{table}\nIntervals: Student's t over seeds, 95 %; differences are paired by seed.\n"
 
 
-def _arm(row: str, folder: Path, params: Params, pretrained: Mapping[str, Pretrained], before: Sequence[Arm]) -> Arm:
+def _arm(row: str, folder: Path, given: rows.Rows, pretrained: Mapping[str, Pretrained], before: Sequence[Arm]) -> Arm:
+    from mim_core.statistics import difference, interval  # imports scipy
+
     manifest, said = _read(folder / "manifest.json"), _read(folder / "results.json")
     try:
         seeds = {int(one["seed"]): float(one["test_accuracy"]) for one in said["seeds"]}
         init, key, score = said["init"], (said["task"], said["data"], said["labels"]), interval(list(seeds.values()))
         rivals = [arm for arm in before if arm.init == SCRATCH != init and arm.comparison == key]
-        same = [arm for arm in rivals if _encoder(params, arm.row) == _encoder(params, row)]
+        same = [arm for arm in rivals if _encoder(given, arm.row) == _encoder(given, row)]
         # The strongest of several baselines: a claim has to hold against it.
         rival = max(same or rivals, key=lambda arm: arm.score.mean, default=None)
         shared = [seed for seed in seeds if rival and seed in rival.seeds]
@@ -191,13 +183,13 @@ def _arm(row: str, folder: Path, params: Params, pretrained: Mapping[str, Pretra
         raise workspace.UserError(f"{folder}: not a whole result ({error!r}); run `dvc repro` again") from error
 
 
-def _encoder(params: Params, row: str) -> dict[str, Any]:
-    judged = params.judged()[row]
+def _encoder(given: rows.Rows, row: str) -> dict[str, Any]:
+    judged = given["baselines"].get(row) or given["downstream"][row]
     # Without drop_path: a downstream row sets its own.
-    return {**(judged.encoder or params.pretrain[judged.init].encoder).model_dump(), "drop_path": None}
+    return {**(judged["encoder"] or given["pretrain"][judged["init"]]["encoder"]), "drop_path": None}
 
 
-def _curve(text: str) -> list[Line]:
+def _curve(text: str) -> list[dict[str, float]]:
     return [{key: float(cell) for key, cell in line.items() if cell} for line in csv.DictReader(text.splitlines())]
 
 

@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from flows import workspace
+from mim_core.files import write_atomically
 
 Rows = dict[str, dict[str, Any]]
 
@@ -37,7 +38,8 @@ def load() -> Rows:
         rows = params.load(folder).model_dump(mode="json")
     except spec.SpecError as error:
         raise workspace.UserError(str(error)) from None
-    workspace.write_json(kept, {"key": key.hexdigest(), "rows": rows})
+    # Not sorted: rows keep the order of their files, which tables and colours follow.
+    write_atomically(kept, json.dumps({"key": key.hexdigest(), "rows": rows}))
     return rows
 
 

@@ -7,7 +7,6 @@ says how to build the encoder and normalise its images.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -31,7 +30,8 @@ class Encoder(PythonModel):  # type: ignore[misc]
         self.encoder = build(ENCODERS, piece, tuple(about["size"]), about["channels"]).eval()
         self.encoder.load_state_dict(weights)
 
-    def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:
+    # No types here: MLflow reads hints of `predict` as the signature, which is given where the model is logged.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         images = torch.from_numpy(np.asarray(model_input)).permute(0, 3, 1, 2)
         with torch.inference_mode():
             inputs = normalise(images, tuple(self.about["mean"]), tuple(self.about["std"]))

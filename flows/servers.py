@@ -1,11 +1,13 @@
 """The Prefect and MLflow servers on this machine, and the environment in which our commands run the tools.
 
 All state lies in the workspace's `.unmask/`, every server binds 127.0.0.1, and all telemetry is off. An address that is
-already set in the environment (`PREFECT_API_URL`, `MLFLOW_TRACKING_URI`) wins: a team's shared servers are used instead.
+already set in the environment (`PREFECT_API_URL`, `MLFLOW_TRACKING_URI`) wins: a team's shared servers are used
+instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,8 +15,9 @@ import socket
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows import workspace
@@ -33,7 +36,8 @@ def settings() -> dict[str, str]:
         "PREFECT_HOME": str(home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(START_SECONDS),
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
+        # Its pages have the logs; what a person has to read at the terminal, our commands say.
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         # The default of 7 tries blocks for four minutes where a server has died.
@@ -41,6 +45,9 @@ def settings() -> dict[str, str]:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         # Its job runners take 2 GB and serve nothing that is used here.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
         "DVC_NO_ANALYTICS": "1",
     }
 
@@ -73,6 +80,21 @@ def address(name: str, ports: dict[str, int]) -> str:
     return f"http://{HOST}:{ports[name]}"
 
 
+def compare_page(runs: Sequence[str]) -> str | None:
+    """MLflow's page that compares runs; None where the server does not run or does not know them."""
+    ports = running()
+    if "mlflow" not in ports or not runs:
+        return None
+    base = address("mlflow", ports)
+    try:
+        with urllib.request.urlopen(f"{base}/api/2.0/mlflow/runs/get?run_id={runs[0]}", timeout=10) as answer:
+            experiment = json.load(answer)["run"]["info"]["experiment_id"]
+    except (OSError, KeyError, json.JSONDecodeError):
+        return None
+    ids = json.dumps(list(runs), separators=(",", ":"))
+    return f"{base}/#/compare-runs?runs={urllib.parse.quote(ids)}&experiments=[%22{experiment}%22]"
+
+
 def healthy(name: str, port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://{HOST}:{port}{HEALTH[name]}", timeout=2) as answer:
@@ -83,7 +105,9 @@ def healthy(name: str, port: int) -> bool:
 
 def running() -> dict[str, int]:
     """Ports of our own servers that answer, by name."""
-    return {name: said["port"] for name, said in _recorded().items() if _alive(said["pid"]) and healthy(name, said["port"])}
+    return {
+        name: said["port"] for name, said in _recorded().items() if _alive(said["pid"]) and healthy(name, said["port"])
+    }
 
 
 def port_taken(port: int) -> bool:
@@ -199,11 +223,8 @@ def _stop(name: str) -> bool:
 
 def _alive(pid: int) -> bool:
     """Whether a process runs and is one of ours: pids are used again after a restart of the machine."""
-    try:
-        # As its child, we have to collect a server that ended.
-        os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)  # a server that we started and that ended has to be collected
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except FileNotFoundError:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from flows import data, rows, workspace
-from flows.workers import JobDied, Span, read_lines
+from flows.workers import JobDiedError, Span, read_lines
 from mim_core.files import write_atomically
 
 
@@ -37,6 +37,8 @@ class Stage:
             )
         self.data = {"name": dataset, "md5": digests[dataset]}
         self.pack = workspace.pack_folder(dataset)
+        if name != "prepare" and not (self.pack / "meta.json").exists():
+            raise workspace.UserError(f"packs/{dataset}: there is no pack; run `dvc repro prepare@{dataset}`")
         # What names the work: the same key means that a checkpoint of it can be gone on from.
         self.key = workspace.digest([name, row, self.params, self.data, workspace.code_fingerprint()])
         self.state = workspace.jobs_folder() / f"{name}-{row}-{self.key[:16]}"
@@ -99,20 +101,26 @@ def died(task: Any, run: Any, state: Any) -> bool:
     """Whether a task's failure is one that a retry mends: its training process was killed."""
     try:
         state.result()
-    except JobDied:
+    except JobDiedError:
         return True
-    except BaseException:  # noqa: BLE001  whatever else it was, a retry would meet it again
+    except BaseException:
         return False
     return False
 
 
-def command(name: str, run: Callable[[str], object]) -> None:
-    """Run a stage from the command line: `python -m flows.<stage> ROW`. Faults of the user's end without a traceback."""
+def command(name: str, check: Callable[[str], object], run: Callable[[str], object]) -> None:
+    """Run a stage from the command line: `python -m flows.<stage> ROW`.
+
+    `check` comes before the flow begins, so that a user's error leaves no failed run behind and shows no traceback.
+    """
     if len(sys.argv) != 2:
         raise SystemExit(f"usage: python -m flows.{name} ROW")
     try:
+        check(sys.argv[1])
         run(sys.argv[1])
     except workspace.UserError as error:
         raise SystemExit(f"{name} {sys.argv[1]} cannot run:\n{error}") from None
     except KeyboardInterrupt:
-        raise SystemExit(f"{name} {sys.argv[1]}: interrupted; the same command goes on from the last checkpoint") from None
+        raise SystemExit(
+            f"{name} {sys.argv[1]}: interrupted; the same command goes on from the last checkpoint"
+        ) from None

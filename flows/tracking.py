@@ -1,8 +1,9 @@
-"""The record in MLflow: a parent run a stage, a child run a job, with curves, pictures, lineage and the registered encoder.
+"""The record in MLflow: a parent run a stage, a child run a job, with curves, pictures, lineage and the registered
+encoder.
 
 MLflow is a view: the truth lies in the files that jobs and stages write. A server that does not answer costs a warning
-and the view, never the training; the next run of a job under the same key goes on in the same MLflow run, and points that
-are there already are not written twice.
+and the view, never the training; the next run of a job under the same key goes on in the same MLflow run, and points
+that are there already are not written twice.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlflow
+import numpy as np
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import infer_signature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
-from mlflow.types.schema import Schema, TensorSpec
 
 from flows import servers, workspace
 
@@ -34,14 +35,25 @@ Given = TypeVar("Given")
 class Record:
     """The MLflow runs of one stage; every call survives a server that does not."""
 
-    def __init__(self, stage: str, row: str, folder: Path, data: Mapping[str, str], params: Mapping[str, Any]) -> None:
-        """Open the stage's parent run, or the one that `folder`, the stage's state, says is already there."""
+    def __init__(
+        self,
+        stage: str,
+        row: str,
+        folder: Path,
+        data: Mapping[str, str],
+        params: Mapping[str, Any],
+        watch: bool = True,
+    ) -> None:
+        """Open the stage's parent run, or the one that `folder`, the stage's state, says is already there.
+
+        `watch` adds the machine's metrics (processor, memory, disk) to the run while it goes on.
+        """
         self.stage, self.row, self.data = stage, row, data
         self.lost = ""
         self.client = MlflowClient()
         self.monitor: SystemMetricsMonitor | None = None
         self.parent = self.attempt(lambda: self._open(f"{stage} {row}", folder, params, None))
-        if self.parent:
+        if self.parent and watch:
             parent = self.parent
             self.attempt(lambda: self._watch_system(parent))
 
@@ -90,10 +102,10 @@ class Record:
     def _open(self, name: str, folder: Path, params: Mapping[str, Any], parent: str | None) -> str:
         marker = folder / "mlflow.json"
         if marker.exists():
-            run = str(json.loads(marker.read_text())["run_id"])
+            there = str(json.loads(marker.read_text())["run_id"])
             try:
-                self.client.update_run(run, status="RUNNING")
-                return run
+                self.client.update_run(there, status="RUNNING")
+                return there
             except MlflowException:  # the record was cleared since: begin a new run
                 marker.unlink()
         tags = {"mlflow.runName": name, "stage": self.stage, "row": self.row, "data": self.data["name"]}
@@ -103,10 +115,12 @@ class Record:
             tags["mlflow.source.git.commit"] = commit.strip()
         if parent:
             tags["mlflow.parentRunId"] = parent
-        run = self.client.create_run(_experiment(self.client), tags=tags).info.run_id
+        run: str = self.client.create_run(_experiment(self.client), tags=tags).info.run_id
         flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items()]
         self.client.log_batch(run, params=flat)
-        dataset = Dataset(self.data["name"], self.data["md5"], "local", json.dumps({"folder": f"data/{self.data['name']}"}))
+        dataset = Dataset(
+            self.data["name"], self.data["md5"], "local", json.dumps({"folder": f"data/{self.data['name']}"})
+        )
         self.client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", self.stage)])])
         self.client.log_dict(run, dict(params), "params.json")
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,10 +133,8 @@ class Record:
 
     def _register(self, run: str, name: str, weights: Path, about: Mapping[str, Any]) -> None:
         (height, width), channels = about["size"], about["channels"]
-        signature = ModelSignature(
-            Schema([TensorSpec(_dtype("uint8"), (-1, height, width, channels), "images")]),
-            Schema([TensorSpec(_dtype("float32"), (-1, about["encoder"]["width"]))]),
-        )
+        example = np.zeros((1, height, width, channels), np.uint8)
+        signature = infer_signature(example, np.zeros((1, about["encoder"]["width"]), np.float32))
         versions = workspace.versions()
         requirements = [f"{package}=={versions[package]}" for package in ("torch", "torchvision", "timm", "numpy")]
         requirements += ["safetensors", "pydantic", "jaxtyping", "scipy", "pillow"]
@@ -133,6 +145,7 @@ class Record:
                 artifacts={"weights": str(weights)},
                 code_paths=[str(Path(__file__).parents[1] / "mim_core")],
                 signature=signature,
+                input_example=example,
                 pip_requirements=requirements,
                 registered_model_name=name,
             )
@@ -191,16 +204,6 @@ def flatten(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
-def compare_address(runs: Sequence[str]) -> str | None:
-    """The page that compares runs, where a server runs."""
-    ports = servers.running()
-    if "mlflow" not in ports or not runs:
-        return None
-    experiment = MlflowClient().get_run(runs[0]).info.experiment_id
-    ids = json.dumps(list(runs), separators=(",", ":"))
-    return f"{servers.address('mlflow', ports)}/#/compare-runs?runs={ids}&experiments=[%22{experiment}%22]"
-
-
 def _experiment(client: MlflowClient) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found:
@@ -217,11 +220,3 @@ def _experiment(client: MlflowClient) -> str:
 def _points(client: MlflowClient, run: str) -> set[tuple[str, int]]:
     keys = client.get_run(run).data.metrics
     return {(key, point.step) for key in keys for point in client.get_metric_history(run, key)}
-
-
-def _dtype(name: str) -> Any:
-    import numpy as np
-
-    return np.dtype(name)
-
-

@@ -1,7 +1,7 @@
 """Worker processes that train: `python -m mim_core.jobs`, fed with jobs, watched through the curves they write.
 
-Training runs outside the orchestrator's process: its threads and fork hooks cannot reach it, a crash of either leaves the
-other's files whole, and a worker imports torch while the parent still imports its own tools.
+Training runs outside the orchestrator's process: its threads and fork hooks cannot reach it, a crash of either leaves
+the other's files whole, and a worker imports torch while the parent still imports its own tools.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from flows import workspace
 
@@ -25,11 +25,12 @@ Watch = Callable[[list[dict[str, float]]], None]
 POLL_SECONDS = 0.5
 
 
-class JobDied(RuntimeError):
-    """A worker was killed (by the system, for memory, or by hand): the job's checkpoint is there and a retry resumes it."""
+class JobDiedError(RuntimeError):
+    """A worker was killed (by the system, for memory, or by hand): the job's checkpoint is there and a retry resumes
+    it."""
 
 
-class JobFailed(workspace.UserError):
+class JobFailedError(workspace.UserError):
     """A job ended with an error that a retry would meet again."""
 
 
@@ -89,13 +90,13 @@ class Worker:
             if "error" in said:
                 with self.log.open("a") as log:
                     log.write(said["traceback"])
-                raise JobFailed(f"{folder.name}: {said['error']} (details in {self.log})")
+                raise JobFailedError(f"{folder.name}: {said['error']} (details in {self.log})")
             self.spans.append((said["span"][0], said["span"][1]))
             return dict(said["result"])
 
-    def _died(self, folder: Path) -> JobDied:
+    def _died(self, folder: Path) -> JobDiedError:
         code = self.process.wait()
-        return JobDied(f"{folder.name}: the training process ended with code {code} (its log: {self.log})")
+        return JobDiedError(f"{folder.name}: the training process ended with code {code} (its log: {self.log})")
 
     def stop(self) -> None:
         if self.process.stdin:
@@ -123,7 +124,7 @@ class Workers:
         worker = self.idle.get()
         try:
             return worker.run(job, watch)
-        except JobDied:
+        except JobDiedError:
             worker = Worker(self.threads, self.log, self.spans)
             raise
         finally:
@@ -150,7 +151,7 @@ def read_lines(path: Path) -> list[dict[str, float]]:
 
 
 class Tail:
-    """Whole lines added to a JSON-lines file since the last read; a file cut back by a resume is read from its start."""
+    """Whole lines added to a JSON-lines file since the last read; one that a resume cut back is read from its start."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.at, self.inode = path, 0, -1

@@ -86,9 +86,9 @@ def code_fingerprint() -> str:
     for path in sorted((Path(__file__).parents[1] / "mim_core").rglob("*.py")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
-                node, clean=False
-            ):
+            if isinstance(
+                node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            ) and ast.get_docstring(node, clean=False):
                 node.body = node.body[1:] or [ast.Pass()]
         hashed.update(path.name.encode() + ast.dump(tree).encode())
     return hashed.hexdigest()[:32]
@@ -136,8 +136,8 @@ def write_manifest(
 ) -> dict[str, Any]:
     """Write `manifest.json`, the truth about a run, which MLflow only views.
 
-    `data` names the dataset and its md5, `parents` the runs it builds on, `device_seconds` the time of all its jobs added
-    up, `runs` the MLflow and Prefect run ids.
+    `data` names the dataset and its md5, `parents` the runs it builds on, `device_seconds` the time of all its jobs
+    added up, `runs` the MLflow and Prefect run ids.
     """
     status = git("status", "--porcelain", "--untracked-files=no", "--", "mim_core", "flows", "params", "dvc.yaml")
     manifest = {

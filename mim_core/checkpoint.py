@@ -28,7 +28,9 @@ def save(
     final, part = folder / f"step_{step:09d}", folder / f".part-{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, part / "weights.safetensors")
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, part / "weights.safetensors"
+    )
     torch.save(dict(optimisers), part / "optimisers.pt")
     (part / "state.json").write_text(json.dumps({**about, "step": step}))
     for file in part.iterdir():

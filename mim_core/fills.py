@@ -17,7 +17,8 @@ class MaskToken(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.token = nn.Parameter(torch.empty(width))
+        # Of three dimensions, as published: weight decay leaves vectors out, and this token is decayed.
+        self.token = nn.Parameter(torch.empty(1, 1, width))
         nn.init.trunc_normal_(self.token, std=0.02)
 
     def pixels(self, images: Float[Tensor, "b c H W"], hidden: Bool[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:

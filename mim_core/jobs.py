@@ -1,8 +1,9 @@
 """Jobs: one training run from a row to files on disk, resumed where a checkpoint lies.
 
-A job works in its own folder: `curve.jsonl` (a line a report), `checkpoints/`, and its products. Nothing else is needed to
-go on after a kill, and nothing here knows who started it. `python -m mim_core.jobs` reads jobs as JSON, a line each, from
-standard input and answers each with a line, so that one process serves many jobs and ends with its parent.
+A job works in its own folder: `curve.jsonl` (a line a report), `checkpoints/`, and its products. Nothing else is
+needed to go on after a kill, and nothing here knows who started it. `python -m mim_core.jobs` reads jobs as JSON, a
+line each, from standard input and answers each with a line, so that one process serves many jobs and ends with its
+parent.
 """
 
 from __future__ import annotations
@@ -276,7 +277,8 @@ def _result(folder: Path, images: int, model: nn.Module, compute: devices.Comput
 
 
 def perform(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a job as it comes over the wire: `kind`, `row`, `pack`, `folder`, `seed`, and for classify `lr`, `init`, `test`."""
+    """Run a job as it comes over the wire: `kind`, `row`, `pack`, `folder`, `seed`, and for classify `lr`, `init`,
+    `test`."""
     pack, folder, seed = open_pack(Path(job["pack"])), Path(job["folder"]), job["seed"]
     torch.set_num_threads(job["threads"])
     if job["kind"] == "pretrain":
@@ -286,7 +288,8 @@ def perform(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serve jobs from standard input until it closes, which it does when the parent dies, also in the middle of a job."""
+    """Serve jobs from standard input until it closes, which it does when the parent dies, also in the middle of a
+    job."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not lie between the answers
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -1,7 +1,7 @@
 """Losses between predicted and true values at the predicted positions.
 
-`loss(prediction, target) -> scalar`, both `[m, k]` with m the predicted positions of the whole batch: the mean runs over
-positions and values of the batch, as in SimMIM's and MAE's published code (not per image first).
+`loss(prediction, target) -> scalar`, both `[m, k]` with m the predicted positions of the whole batch: the mean runs
+over positions and values of the batch, as in SimMIM's and MAE's published code (not per image first).
 """
 
 from __future__ import annotations

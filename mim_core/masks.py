@@ -1,8 +1,8 @@
 """Masks: which part of an image the encoder may not see.
 
-`mask(rng, grid, **params) -> Bool[h, w]`, True = hidden, on the grid of the encoder's patches. A mask is a pure function
-of its generator, and `generator(seed, epoch, index)` gives each sample its own: the same masks come out in any process,
-with any number of loader workers, and after a resume.
+`mask(rng, grid, **params) -> Bool[h, w]`, True = hidden, on the grid of the encoder's patches. A mask is a pure
+function of its generator, and `generator(seed, epoch, index)` gives each sample its own: the same masks come out in any
+process, with any number of loader workers, and after a resume.
 """
 
 from __future__ import annotations

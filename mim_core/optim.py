@@ -1,7 +1,7 @@
 """Optimisers and schedules.
 
-AdamW with the papers' decay exclusions and layer-wise learning-rate decay; learning rates are pure functions of the step,
-so that a resume needs no scheduler state.
+AdamW with the papers' decay exclusions and layer-wise learning-rate decay; learning rates are pure functions of the
+step, so that a resume needs no scheduler state.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Group parameters by decay and layer.
 
-    Vectors (biases, norms, tokens) and names that `no_decay` marks are not decayed. Layer i of `layers` learns at
+    Vectors (biases, norms) and names that `no_decay` marks are not decayed. Layer i of `layers` learns at
     layer_decay ** (layers - 1 - i) of the rate: the last layer at the full rate (BEiT, section 3.1; MAE, appendix A.1).
     Each group has `lr_scale`, `weight_decay` and `names`.
     """
@@ -44,7 +44,7 @@ def param_groups(
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        decays = parameter.squeeze().ndim > 1 and not name.endswith(".bias") and not no_decay(name)
+        decays = parameter.ndim > 1 and not name.endswith(".bias") and not no_decay(name)
         index = layer(name)
         scale = layer_decay ** (layers - 1 - index)
         group = groups.setdefault(

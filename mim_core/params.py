@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mim_core.data.sources import SOURCES
 from mim_core.devices import Precision
@@ -19,11 +20,12 @@ from mim_core.fills import FILLS
 from mim_core.heads import HEADS
 from mim_core.losses import LOSSES
 from mim_core.masks import MASKS, Grid, generator
-from mim_core.spec import OneOf, Piece, Range, SpecError, Strict, bind, build, check, nearest
+from mim_core.spec import OneOf, Piece, SpecError, Strict, bind, build, check, nearest, pair
 from mim_core.targets import TARGETS
 from mim_core.transforms import Augment
 
 Positive = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Whole = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -38,7 +40,7 @@ class Optim(Strict):
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The last learning rate as a share of the first."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: Range = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(pair)] = (0.9, 0.999)
     clip: Positive | None = None
     """Largest gradient norm."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -132,7 +134,9 @@ def load(folder: Path) -> Params:
             for key, value in content[section].items():
                 where = f"{folder.name}/{name}: {section}.{key}"
                 if not isinstance(key, str) or not key or set(key) - set(ROW_NAME):
-                    faults.append(f"{where}: a row's name may hold lower-case letters, digits, '_' and '-' only; rename it")
+                    faults.append(
+                        f"{where}: a row's name may hold lower-case letters, digits, '_' and '-' only; rename it"
+                    )
                     continue
                 try:
                     rows[section][key] = check(MODELS[section], value, where)
@@ -146,10 +150,25 @@ def load(folder: Path) -> Params:
     raise SpecError("\n".join(faults))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the first of two rows of one name would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    problem = f"the key '{key.value}' stands twice; rename or delete one"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, sections: tuple[str, ...], faults: list[str]) -> dict[str, dict[str, Any]]:
-    where, empty = f"{path.parent.name}/{path.name}", {section: {} for section in sections}
+    where = f"{path.parent.name}/{path.name}"
+    empty: dict[str, dict[str, Any]] = {section: {} for section in sections}
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         faults.append(f"{where}: the file is missing; restore it with `git checkout {where}`")
         return empty
@@ -189,7 +208,7 @@ def _size(params: Params, data: str, where: str, faults: list[str]) -> tuple[int
     if data not in params.data:
         faults.append(
             f"{where}.data: '{data}' is not one of {sorted(params.data)}{nearest(data, params.data)} "
-            "New images come in with `unmask data add FOLDER --name NAME`"
+            "(new images come in with `unmask data add FOLDER --name NAME`)"
         )
         return None
     height, width = params.data[data].source.params()["size"]

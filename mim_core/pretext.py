@@ -1,7 +1,7 @@
 """Masked image modelling: hide patches, encode, predict what was there.
 
-Letters in shapes, here and everywhere: b batch, n patches, d width, h w grid of patches, H W pixels, c channels, p patch
-side in px, k values or classes a position, m predicted positions of a batch.
+Letters in shapes, here and everywhere: b batch, n patches, d width, h w grid of patches, H W pixels, c channels, p
+patch side in px, k values or classes a position, m predicted positions of a batch.
 """
 
 from __future__ import annotations

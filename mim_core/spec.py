@@ -13,7 +13,16 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    create_model,
+)
 from pydantic_core import CoreSchema, core_schema
 
 Table = Mapping[str, Callable[..., Any]]
@@ -25,9 +34,9 @@ class SpecError(ValueError):
 
 
 class Strict(BaseModel):
-    """A params model: unknown keys are errors and nothing is coerced but int to float."""
+    """A params model: unknown keys are errors, numbers are finite, and nothing is coerced but int to float."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Piece(Strict):
@@ -87,16 +96,25 @@ def schema(name: str, function: Callable[..., Any], common: Mapping[str, Any]) -
     return model
 
 
-def _pair(value: Any) -> Any:
-    if isinstance(value, int) and not isinstance(value, bool):
+def pair(value: Any) -> Any:
+    """Read a pair as YAML writes it: a list of two, or one number for both."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         return (value, value)
     return tuple(value) if isinstance(value, list) else value
 
 
-Pair = typing.Annotated[tuple[int, int], BeforeValidator(_pair)]
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"found {list(value)}; the first number may not exceed the second; swap them")
+    return value
+
+
+_Px = typing.Annotated[int, Field(gt=0)]
+
+Pair = typing.Annotated[tuple[_Px, _Px], BeforeValidator(pair)]
 """(height, width) in px; one number stands for a square."""
 
-Range = typing.Annotated[tuple[float, float], BeforeValidator(_pair)]
+Range = typing.Annotated[tuple[float, float], BeforeValidator(pair), AfterValidator(_ordered)]
 """(low, high); one number stands for both."""
 
 
@@ -128,16 +146,19 @@ def _explain(model: type[BaseModel], value: Any, fault: Any, where: str) -> str:
     if kind == "missing":
         return f"{path}: missing; this key is required"
     if kind == "union_tag_invalid":
-        known = [name.strip(" '") for name in context["expected_tags"].split(",")]
-        return f"{path}.name: '{context['tag']}' is not one of {known}{nearest(context['tag'], known)}"
-    if kind == "union_tag_not_found":
+        names = [name.strip(" '") for name in context["expected_tags"].split(",")]
+        return f"{path}.name: '{context['tag']}' is not one of {names}{nearest(context['tag'], names)}"
+    if kind in {"union_tag_not_found", "model_attributes_type"}:
         return f"{path}: found {found!r}; it must be a name, or a mapping with the key 'name'"
+    if kind == "model_type":
+        return f"{path}: found {found!r}; it must map keys to values"
     if kind == "value_error":
         return f"{path}: {context['error']}"
     rule = fault["msg"].replace("Input should", "must").replace("input should", "must")
     hint = ""
     if isinstance(found, str) and _is_number(found):
-        hint = f"; write it as a plain number with a point, such as {float(found):.1e} (YAML reads 1e-4 as text)"
+        plain = f"as a plain number with a point, such as {float(found):.1e} (YAML reads 1e-4 as text)"
+        hint = f"; write it {plain if 'e' in found.lower() else 'without quotes'}"
     return f"{path}: found {found!r}; {rule}{hint}"
 
 
@@ -154,9 +175,8 @@ def _untagged(value: Any, loc: tuple[Any, ...]) -> list[Any]:
     path: list[Any] = []
     at = value
     for part in loc:
-        if isinstance(at, (Mapping, str)) and part == (at if isinstance(at, str) else at.get("name")):
-            if not (isinstance(at, Mapping) and part in at):
-                continue
+        if part == at or (isinstance(at, Mapping) and part == at.get("name") and part not in at):
+            continue
         path.append(part)
         try:
             at = at[part]
@@ -172,9 +192,12 @@ def _known_keys(model: type[BaseModel], value: Any, loc: list[Any]) -> set[str]:
         field = model.model_fields.get(part)
         if field is None:
             return set()
-        families = [meta for meta in field.metadata if isinstance(meta, OneOf)]
-        options = [option for option in (field.annotation, *typing.get_args(field.annotation)) if inspect.isclass(option)]
-        nested = [option for option in options if issubclass(option, BaseModel)]
+        # The annotation's own parts, and those of each option of `X | None`.
+        parts = [*field.metadata, field.annotation]
+        for option in typing.get_args(field.annotation):
+            parts += [option, *typing.get_args(option)]
+        families = [part for part in parts if isinstance(part, OneOf)]
+        nested = [part for part in parts if inspect.isclass(part) and issubclass(part, BaseModel)]
         if families and isinstance(value, Mapping):
             model = families[0].models[value["name"]]
         elif nested:

@@ -1,7 +1,7 @@
 """Targets: what the head has to predict at each patch.
 
-A target is called with the normalised images and gives `Float[b, n, k]` (kind "values") or `Int[b, n]` (kind "classes"),
-one entry a patch; `render` turns a prediction for all patches back into pictures in [0, 1].
+A target is called with the normalised images and gives `Float[b, n, k]` (kind "values") or `Int[b, n]` (kind
+"classes"), one entry a patch; `render` turns a prediction for all patches back into pictures in [0, 1].
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def unpatchify(patches: Float[Tensor, "b n k"], grid: Grid) -> Float[Tensor, "b 
 class Pixels(nn.Module):
     """The pixels themselves, in the encoder's normalised colours (SimMIM, section 3.4).
 
-    `normalise: patch` gives each patch zero mean and unit variance first (MAE, section 3: better features). Its
-    predictions then hold no brightness, and `render` borrows the original patch's mean and deviation: `borrows` says so.
+    `normalise: patch` gives each patch zero mean and unit variance first (MAE, section 3: better features). Predictions
+    then hold no brightness, and `render` borrows the original patch's mean and deviation: `borrows` says so.
     """
 
     kind: Literal["values", "classes"] = "values"
@@ -68,9 +68,7 @@ class Pixels(nn.Module):
         mean, deviation = _moments(patches)
         return (patches - mean) / deviation
 
-    def render(
-        self, prediction: Float[Tensor, "b n k"], images: Float[Tensor, "b c H W"]
-    ) -> Float[Tensor, "b c H W"]:
+    def render(self, prediction: Float[Tensor, "b n k"], images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
         """Give pictures in [0, 1] of a prediction for all patches; `images` are the normalised originals."""
         if self.normalise == "patch":
             mean, deviation = _moments(patchify(images, self.grid.patch_px))

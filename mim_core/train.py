@@ -21,7 +21,7 @@ class Objective(Protocol):
     def losses(self, batch: Any) -> Iterator[tuple[str, Tensor]]: ...
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLossError(RuntimeError):
     """A loss was NaN or infinite; the message gives the steps between which it went wrong."""
 
 
@@ -47,7 +47,7 @@ def train(
 ) -> None:
     """Train from `start` steps done to `steps` done; `batches` begin with the batch of step `start`.
 
-    Raises NonFiniteLoss. Reported scalars are means over the steps since the last report.
+    Raises NonFiniteLossError. Reported scalars are means over the steps since the last report.
     """
     window: dict[str, Tensor] = {}
     since, images, begun = start, 0, time.perf_counter()
@@ -83,7 +83,7 @@ def train(
 def _check_finite(scalars: Scalars, since: int, done: int) -> None:
     for key, value in scalars.items():
         if key.endswith("loss") and not math.isfinite(value):
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"{key} is {value} between steps {since + 1} and {done}; lower optim.lr, lengthen optim.warmup_epochs "
                 "or set precision: fp32"
             )

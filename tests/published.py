@@ -16,6 +16,7 @@ from flows import workspace
 ENCODER = {"name": "vit", "patch_px": 4, "width": 48, "depth": 2, "heads": 3}
 OPTIM = {"lr": 1.0e-3, "batch": 128, "epochs": 15}
 JUDGED = {"task": "classify", "data": "scenes", "lr_grid": [5.0e-4, 1.0e-3, 2.0e-3], "optim": OPTIM}
+MD5 = "d41d8cd98f00b204e9800998ecf8427e.dir"
 RATES = {5.0e-4: 0.20, 1.0e-3: 0.30, 2.0e-3: 0.25}
 PIECES = {
     "mask": {"name": "random", "ratio": 0.6, "unit_px": 8},
@@ -54,7 +55,9 @@ class Published:
 
     def pack(self, name: str = "scenes", quarantined: Sequence[Mapping[str, str]] = ()) -> None:
         meta = {
-            "source": {"name": "scenes", "seed": 0},
+            "name": name,
+            "md5": MD5,
+            "row": {"source": {"name": "scenes", "seed": 0}},
             "channels": 3,
             "size": [32, 32],
             "classes": [str(digit) for digit in range(10)],
@@ -100,7 +103,7 @@ class Published:
         first = next(iter(accuracies))
         results = {
             "task": "classify", "init": init, "labels": labels, "data": "scenes", "lr": lr,
-            "grid": [{"lr": rate, "seed": first, "validation_accuracy": v, "seconds": 9.0} for rate, v in rates.items()],
+            "grid": [{"lr": rate, "seed": first, "validation_accuracy": one} for rate, one in rates.items()],
             "seeds": [
                 {"seed": seed, "lr": lr, "validation_accuracy": value, "test_accuracy": value, "seconds": 9.0}
                 for seed, value in accuracies.items()
@@ -114,12 +117,12 @@ class Published:
     ) -> None:
         manifest = {
             "stage": stage, "row": row, "params": {}, "params_hash": "0" * 32, "parents": [],
-            "data": {"name": "scenes", "md5": "d41d8cd98f00b204e9800998ecf8427e"},
+            "data": {"name": "scenes", "md5": MD5},
             "git": {"commit": "a" * 40, "dirty": False}, "code": workspace.code_fingerprint(),
             "versions": {"python": "3.11"}, "compute": {"device": "cpu", "type": "cpu", "precision": "bf16"},
             "started": 0.0, "wall_seconds": 1800 * hours, "device_hours": hours, "images_seen": 180000,
             "metrics": metrics, "mlflow_run_id": f"{stage}{row}".encode().hex().ljust(32, "0")[:32],
-            "prefect_run_id": "11111111-2222-3333-4444-555555555555",
+            "prefect_flow_run_id": "11111111-2222-3333-4444-555555555555",
         }  # fmt: skip
         self._json(folder / "manifest.json", {**manifest, **changed})
 

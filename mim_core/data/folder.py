@@ -120,7 +120,7 @@ def refuse(path: Path) -> str:
         return "the content is no image of a known format"
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return f"over Pillow's limit of {Image.MAX_IMAGE_PIXELS} px, meant against files made to fill the memory"
-    except Exception as error:  # noqa: BLE001  decoders raise many types, and any of them means the same here
+    except Exception as error:  # decoders raise many types, and any of them means the same here
         return f"the image cannot be decoded ({error})"
     return ""
 

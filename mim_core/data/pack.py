@@ -1,9 +1,9 @@
 """Packs: a dataset decoded once into arrays that training maps into memory.
 
-A pack is a folder with `meta.json` and, for each split, `images.npy` uint8 [n, c, H, W], `labels.npy` int64 [n] (-1 where
-there is none), `boxes.npy` float32 [m, 5] (left, top, right, bottom in px, class) with `box_starts.npy` int64 [n + 1],
-`instances.npy` uint8 [n, H, W] (0 background, k the image's k-th box) where the source has masks, and `origins.npy` int64
-[n, o], which says where each image's pixels come from, as the source defines it.
+A pack is a folder with `meta.json` and, for each split, `images.npy` uint8 [n, c, H, W], `labels.npy` int64 [n] (-1
+where there is none), `boxes.npy` float32 [m, 5] (left, top, right, bottom in px, class) with `box_starts.npy` int64 [n
++ 1], `instances.npy` uint8 [n, H, W] (0 background, k the image's k-th box) where the source has masks, and
+`origins.npy` int64 [n, o], which says where each image's pixels come from, as the source defines it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Source:
     quarantined: list[dict[str, str]] = field(default_factory=list)
 
 
-def write(source: Source, folder: Path, about: Mapping[str, Any], progress: Callable[[int], None] = lambda n: None) -> None:
+def write(
+    source: Source, folder: Path, about: Mapping[str, Any], progress: Callable[[int], None] = lambda n: None
+) -> None:
     """Write a source as a pack; the folder appears when it is complete.
 
     Raises ValueError where the training split is empty.
@@ -113,6 +115,7 @@ class _Writer:
         self.at += 1
 
     def close(self) -> None:
+        assert self.at == len(self.images), "a source has to yield as many samples as it says"
         self.images.flush()
         if self.instances is not None:
             self.instances.flush()

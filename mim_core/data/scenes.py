@@ -1,8 +1,8 @@
 """The embedded dataset `scenes`: handwritten digits blended on crops of photographs.
 
-Real pixels that come with scikit-learn: 1,797 digits of 8 x 8 px (`digits.csv.gz`, UCI optical recognition of handwritten
-digits) and two photographs of 640 x 427 px (`china.jpg`, `flower.jpg`). An image's class is that of its largest digit; a
-share of the images hold smaller digits too. Splits share neither digits nor parts of the photographs.
+Real pixels that come with scikit-learn: 1,797 digits of 8 x 8 px (`digits.csv.gz`, UCI optical recognition of
+handwritten digits) and two photographs of 640 x 427 px (`china.jpg`, `flower.jpg`). An image's class is that of its
+largest digit; a share of the images hold smaller digits too. Splits share neither digits nor parts of the photographs.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ DIGIT_SHARES = (0.7, 0.1, 0.2)
 # Columns of each photograph, as shares of its width; a gap of pixels between them is not needed as crops stay inside.
 BANDS = {"train": (0.0, 0.6), "validation": (0.6, 0.75), "test": (0.75, 1.0)}
 CROP_PX = (28, 90)
+MAIN_SHARE, CROWDED_SHARE, FURTHER_SHARE = (0.55, 0.9), (0.5, 0.65), (0.3, 0.42)
+"""Side of a digit alone, of the main one among several, and of the others, as shares of the image's shorter side."""
+Place = tuple[int, int, int]
+"""(top, left, side) of a digit in px."""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -40,9 +44,11 @@ def scenes(
     """Compose the dataset from its three files in `root`.
 
     `size` is the images' (height, width) in px, `several` the share with two or three digits. An image's origin is
-    (digit, photograph, left, top, right, bottom): its main digit's row in the file, the crop in the photograph's px; the
-    rows of further digits follow, -1 where there are none.
+    (digit, photograph, left, top, right, bottom): its main digit's row in the file, the crop in the photograph's px;
+    the rows of further digits follow, -1 where there are none.
     """
+    if min(size) < 16:
+        raise ValueError(f"size: found {list(size)}; digits need 16 px a side at least")
     digits, classes = _read_digits(root / "digits.csv.gz")
     photographs = [np.asarray(Image.open(root / name).convert("RGB")) for name in FILES[1:]]
     owned = dict(zip(SPLITS, split_digits(classes), strict=True))
@@ -94,35 +100,48 @@ def _compose(
     top = int(rng.integers(photograph.shape[0] - side + 1))
     crop = Image.fromarray(photograph[top : top + side, left : left + side])
     scene = np.asarray(crop.resize((width, height), Image.Resampling.BILINEAR), np.float32)
-    instances = np.zeros(size, np.uint8)
     further = int(rng.integers(1, 3)) if rng.random() < several else 0
-    rows = rng.choice(owned, 1 + further, replace=False)
+    places: list[Place] = []
+    for order in range(1 + further):
+        share = rng.uniform(*(FURTHER_SHARE if order else CROWDED_SHARE if further else MAIN_SHARE))
+        place = _place(rng, size, round(share * min(size)), places)
+        if place:
+            places.append(place)
+    rows = rng.choice(owned, len(places), replace=False)
+    instances = np.zeros(size, np.uint8)
     # The smaller digits first, so that the main one, whose class the image has, lies on top.
-    for order in range(further, -1, -1):
-        share = rng.uniform(0.55, 0.9) if order == 0 else rng.uniform(0.3, 0.45)
-        scene = _blend(rng, scene, digits[rows[order]], share * min(size), instances, order + 1)
+    for order in reversed(range(len(places))):
+        scene = _blend(rng, scene, digits[rows[order]], places[order], instances, order + 1)
     boxes = [(*_box(instances == order + 1), classes[row]) for order, row in enumerate(rows)]
-    seen = [box for box in boxes if box[2] > box[0]]
-    if len(seen) < len(boxes):  # a small digit lies wholly under a larger one: number the rest without a gap
-        for number, order in enumerate([o for o, box in enumerate(boxes) if box[2] > box[0]], 1):
-            instances[instances == order + 1] = number
-    padding = [-1] * (2 - further)
+    padding = [-1] * (3 - len(places))
     return Sample(
         np.clip(scene.round(), 0, 255).astype(np.uint8).transpose(2, 0, 1),
         int(classes[rows[0]]),
-        np.array(seen, np.float32),
+        np.array(boxes, np.float32),
         instances,
         (int(rows[0]), which, left, top, left + side, top + side, *map(int, rows[1:]), *padding),
     )
 
 
+def _place(rng: np.random.Generator, size: tuple[int, int], side: int, taken: list[Place]) -> Place | None:
+    """Find a square for a digit of which those there cover at most half each, or None after twenty tries."""
+    for _ in range(20):
+        top, left = int(rng.integers(size[0] - side + 1)), int(rng.integers(size[1] - side + 1))
+        covered = [
+            max(0, min(top + side, other[0] + other[2]) - max(top, other[0]))
+            * max(0, min(left + side, other[1] + other[2]) - max(left, other[1]))
+            for other in taken
+        ]
+        if all(2 * area <= side**2 for area in covered):
+            return top, left, side
+    return None
+
+
 def _blend(
-    rng: np.random.Generator, scene: np.ndarray, digit: np.ndarray, side: float, instances: np.ndarray, number: int
+    rng: np.random.Generator, scene: np.ndarray, digit: np.ndarray, place: Place, instances: np.ndarray, number: int
 ) -> np.ndarray:
-    """Lay a digit over the scene at a random place in a random colour, and mark its pixels in `instances`."""
-    height, width = instances.shape
-    side = round(side)
-    top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+    """Lay a digit over the scene in a random colour, and mark its pixels in `instances`."""
+    top, left, side = place
     opacity = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)
     under = scene[top : top + side, left : left + side]
     weight = opacity[..., None]
@@ -138,8 +157,6 @@ def _blend(
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Tightest box (left, top, right, bottom; right and bottom exclusive) round a mask; zeros where it is empty."""
+    """Tightest box (left, top, right, bottom; right and bottom exclusive) round a mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return 0, 0, 0, 0
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -2,5 +2,6 @@
 
 from mim_core.data.folder import folder
 from mim_core.data.scenes import scenes
+from mim_core.spec import Table
 
-SOURCES = {"scenes": scenes, "folder": folder}
+SOURCES: Table = {"scenes": scenes, "folder": folder}

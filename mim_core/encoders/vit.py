@@ -24,8 +24,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class ViT(nn.Module):
     """Plain ViT: absolute positions, class token, pre-norm blocks, final LayerNorm.
 
-    `positions`: learned from noise, or the fixed sines and cosines of MAE, which spare a short run the steps in which it
-    would find out which patches are neighbours.
+    `positions`: learned from noise, or the fixed sines and cosines of MAE, which spare a short run the steps in which
+    it would find out which patches are neighbours.
     """
 
     def __init__(
@@ -68,9 +68,7 @@ class ViT(nn.Module):
         out: Tensor = self.backbone.patch_embed(images)
         return out
 
-    def forward(
-        self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None = None
-    ) -> Float[Tensor, "b n d"]:
+    def forward(self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
         """Add positions and run the blocks.
 
         `kept`: each token's patch index where a fill dropped some, else None. The class token is not in the result.
@@ -83,8 +81,8 @@ class ViT(nn.Module):
         out = torch.cat([first, tokens + positions], dim=1)  # [b, 1 + n, d]
         for block in vit.blocks:
             out = block(out)
-        out = vit.norm(out)
-        return out[:, 1:]
+        features: Tensor = vit.norm(out)
+        return features[:, 1:]
 
     def pyramid(self, images: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b d h w"]]:
         """Give the feature maps for dense tasks; a plain ViT has one, at the patch's stride."""

@@ -1,0 +1,238 @@
+"""The bytes under data/: fetch the pinned ones, refuse others, and bring in images of one's own."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import io
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flows import workspace
+from flows.pins import Listing, cached_at, dvc, folder_md5, listing, pin, pinned_listing, verified
+from flows.workspace import UserError
+from mim_core.files import write_atomically
+
+EMBEDDED = {"digits.csv.gz": "data", "china.jpg": "images", "flower.jpg": "images"}
+"""Files of data/scenes/, and the folder below scikit-learn's `datasets` that each comes from."""
+STAGED = ("data.dvc", "params/data.yaml")
+NEW_ROW = "source: {name: folder, size: [0, 0], validation: 0.1, test: 0.1}"
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
+EFFECTIVE = os.access in os.supports_effective_ids
+Say = Callable[[str], object]
+
+
+def guard() -> dict[str, str]:
+    """Refuse to work on bytes that are not those pinned; gives the md5 of each dataset's folder as DVC counts it."""
+    parts: dict[str, Listing] = {}
+    for path, md5 in verified().items():
+        name, slash, rest = path.partition("/")
+        if slash:
+            parts.setdefault(name, {})[rest] = md5
+    return {name: folder_md5(part) for name, part in parts.items()}
+
+
+def restore(say: Say = print) -> None:
+    """Fill data/ with the pinned bytes: from DVC's cache, its remote, or scikit-learn. Changed files are left alone."""
+    workspace.data_folder().mkdir(exist_ok=True)
+    file, (pinned, text) = workspace.root() / "data.dvc", pin()
+    if not file.is_file() or file.read_text() != text:
+        say("data.dvc: put back as git has it")
+        write_atomically(file, text)
+    trouble, whole, cached = "", folder_md5(listing()) == pinned, cached_at(pinned).is_file()
+    if not whole and cached:
+        say("data: taking the files from DVC's cache")
+        trouble = dvc("checkout", "data.dvc")[1]
+        whole = folder_md5(listing()) == pinned
+    if not whole and (not cached or (pinned_listing() or {}).keys() - listing().keys()):
+        trouble = "; ".join(filter(None, (trouble, _fetch(say))))
+    verified(trouble)
+    if not cached_at(pinned).is_file():
+        # Without this DVC calls the folder "not in cache", though its bytes are right.
+        trouble = dvc("commit", "--force", "data.dvc")[1]
+        if trouble or file.read_text() != text:
+            write_atomically(file, text)
+            raise UserError(f"data.dvc: the files are right, but DVC could not take them into its cache; {trouble}")
+    say("data: complete, and as data.dvc has it")
+
+
+def _fetch(say: Say) -> str:
+    """Fill in missing files from DVC's remote, else from scikit-learn; says what went wrong or was out of reach."""
+    if dvc("remote", "list")[0].strip():
+        say("data: pulling the files from DVC's remote")
+        return dvc("pull", "data.dvc")[1]
+    found = importlib.util.find_spec("sklearn")
+    if found is None or not found.submodule_search_locations:
+        raise UserError(
+            "data/scenes: its files come with scikit-learn, which is not installed; `pip install scikit-learn`, "
+            "or set a remote that holds them with `dvc remote add --default NAME URL`"
+        )
+    say("data/scenes: copying its files from scikit-learn")
+    for name, folder in EMBEDDED.items():
+        copy = workspace.data_folder("scenes") / name
+        if not copy.exists():
+            write_atomically(copy, Path(found.submodule_search_locations[0], "datasets", folder, name).read_bytes())
+    return "no DVC remote is set, so only data/scenes could be fetched"
+
+
+def add(
+    source: Path, name: str, size: tuple[int, int] | None, say: Say = print, *, replace: bool = False
+) -> dict[str, Any]:
+    """Bring in a folder of images, flat or with a sub-folder a class, as the dataset `name`, and pin it.
+
+    `size` is (height, width) in px; None takes one that fits the images. `replace` allows a name that exists and keeps
+    what else its row says. All is checked first, and everything is put back where a step fails. Raises UserError.
+    """
+    from mim_core.data.folder import scan, short_side
+
+    rows, new_row, write_rows = _open_rows()
+    if size is not None and min(size) < 1:
+        raise UserError(f"--size: found {size[0]} x {size[1]}; height and width are 1 px at least; choose another")
+    _check_arguments(source, name, rows.get(name), replace)
+    verified(apart_from=name if replace else None)
+    say(f"{source}: reading every file once")
+    readable, refused = scan(source)
+    listed = _list_refused(name, refused, say)
+    if not readable:
+        raise UserError(f"{source}: found no readable image, {len(refused)} refused{listed}; give a folder of images")
+    if name not in rows and size is None:
+        size = (min(max(int(statistics.median(map(short_side, readable)) // 16 * 16), 32), 224),) * 2
+    row = rows.setdefault(name, new_row)
+    if size is not None:
+        row["source"]["size"][:] = size
+    needed, free = 2 * sum(path.stat().st_size for path in readable), shutil.disk_usage(workspace.root()).free
+    if needed > free:
+        raise UserError(f"{source}: a copy and DVC's cache need {needed >> 20} MiB, {free >> 20} are free; make room")
+    with _undone_on_failure(name) as work:
+        for path in readable:
+            copy = work / "new" / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        if workspace.data_folder(name).exists():
+            shutil.move(workspace.data_folder(name), work / "old")
+        shutil.move(work / "new", workspace.data_folder(name))
+        if trouble := dvc("add", "data")[1]:
+            raise UserError(f"data/{name}: DVC could not take it in, so all is put back; {trouble}")
+        write_rows()
+        if workspace.git("rev-parse") is not None and workspace.git("add", "--", *STAGED) is None:
+            raise UserError("data.dvc: git could not stage it, so all is put back; end other git commands, try again")
+        md5 = guard()[name]
+    classes = sorted({path.relative_to(source).parts[0] for path in readable if path.parent != source})
+    unlabelled = sum(path.parent == source for path in readable)
+    if len(classes) > 1 and {label.lower() for label in classes} <= SPLIT_NAMES:
+        say(f"data/{name}: careful: each sub-folder is a class, and {classes} look like splits; if so, add one of them")
+    height, width = row["source"]["size"]
+    say(
+        f"data/{name}: {len(readable)} images, {len(classes)} classes, {unlabelled} without a label, "
+        f"{len(refused)} files refused{listed}; read as {height} x {width} px\n"
+        f"next: add a row with `data: {name}` to params/pretrain.yaml, then `dvc repro pretrain@ROW`"
+    )
+    return {
+        "name": name,
+        "images": len(readable),
+        "classes": classes,
+        "unlabelled": unlabelled,
+        "quarantined": refused,
+        "size": (height, width),
+        "md5": md5,
+    }
+
+
+def _check_arguments(source: Path, name: str, row: Any, replace: bool) -> None:
+    """Check what needs no image to be read; raises UserError."""
+    from mim_core.params import ROW_NAME
+
+    rule = "a name may hold lower-case letters, digits, '_' and '-' only"
+    if not name or set(name) - set(ROW_NAME) or len(name) > 100:
+        raise UserError(f"--name: found {name!r}; {rule}, 100 at most; choose another")
+    if row is not None and row["source"]["name"] != "folder":
+        raise UserError(f"--name: '{name}' is a dataset of the source '{row['source']['name']}'; choose another name")
+    if not replace and (row is not None or workspace.data_folder(name).exists()):
+        raise UserError(f"--name: there is a dataset '{name}' already; choose another name, or replace it by --replace")
+    if not source.is_dir():
+        found = "is a file" if source.exists() else "does not exist"
+        raise UserError(f"{source}: {found}; images come in as a folder; check the path")
+    if workspace.data_folder().resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"{source}: lies in data/ itself; images come in from outside; move the folder out and add it")
+    if not os.access(source, os.R_OK | os.X_OK, effective_ids=EFFECTIVE):
+        raise UserError(f"{source}: the folder cannot be read; adding copies its files; change its permissions")
+    if not any(source.iterdir()):
+        raise UserError(f"{source}: the folder is empty; give a folder of images")
+    for folder in (workspace.root(), workspace.params_folder(), workspace.data_folder()):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=EFFECTIVE):
+            raise UserError(f"{folder}: cannot be written to; adding a dataset writes here; change its permissions")
+
+
+def _list_refused(name: str, refused: list[dict[str, str]], say: Say) -> str:
+    """Show the refused files and write them to a table; gives where, to put into a message."""
+    if not refused:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["file", "reason"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(refused)
+    table = workspace.report_folder() / "quarantine" / f"{name}.csv"
+    write_atomically(table, text.getvalue())
+    for entry in refused[:10]:
+        say(f"refused {entry['file']}: {entry['reason']}")
+    return f" (listed in {table.relative_to(workspace.root())})"
+
+
+def _open_rows() -> tuple[Any, Any, Callable[[], None]]:
+    """Open params/data.yaml with its comments; gives its rows, a new row, and a function that writes the file."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    path, editor = workspace.params_folder() / "data.yaml", YAML()
+    editor.width, editor.preserve_quotes = 4096, True
+    try:
+        content = editor.load(path.read_text())
+        rows = content["data"]
+        rows.get("")
+    except (OSError, YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"params/data.yaml: found no rows under `data:` ({error}); `git checkout` the file") from None
+
+    def write() -> None:
+        text = io.StringIO()
+        editor.dump(content, text)
+        write_atomically(path, text.getvalue())
+
+    return rows, editor.load(NEW_ROW), write
+
+
+@contextlib.contextmanager
+def _undone_on_failure(name: str) -> Iterator[Path]:
+    """Give a folder to work in, with the dataset's former folder as `old`; put everything back where the body fails."""
+    files = [workspace.root() / file for file in (*STAGED, ".gitignore")]
+    before = {path: path.read_bytes() for path in files if path.is_file()}
+    staged = workspace.git("ls-files", "--stage", "--full-name", "--", *STAGED) or ""
+    target = workspace.data_folder(name)
+    existed = target.exists()
+    workspace.home().mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="add-", dir=workspace.home()))
+    try:
+        yield work
+    except BaseException as error:
+        if (work / "old").exists() or not existed:
+            shutil.rmtree(target, ignore_errors=True)
+        if (work / "old").exists():
+            shutil.move(work / "old", target)
+        for path in files:
+            if path not in before:
+                path.unlink(missing_ok=True)
+            elif path.read_bytes() != before[path]:
+                write_atomically(path, before[path])
+        for line in staged.splitlines():
+            mode, blob, _, path_in_git = line.split(maxsplit=3)
+            workspace.git("update-index", "--cacheinfo", f"{mode},{blob},{path_in_git}")
+        if isinstance(error, OSError):
+            raise UserError(f"data/{name}: {error}; a file could not be written, so all is put back") from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

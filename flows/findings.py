@@ -1,0 +1,106 @@
+"""What the numbers say, in sentences made from the statistics, so that they cannot say more than those do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flows.results import Arm, Published, stale
+
+
+def headline(published: Published) -> str:
+    """Say what was found in a sentence or two."""
+    compared = [arm for arm in published.arms if arm.difference]
+    if not published.arms:
+        return "No downstream result is published: nothing can be said about accuracy yet."
+    if not compared:
+        return f"{len(published.arms)} arms are published, but none has a baseline to be compared with."
+    if len(compared) == 1:
+        return finding(compared[0], published)
+    gains, losses = (sum(_sign(arm) == sign for arm in compared) for sign in (1, -1))
+    single = sum(arm.difference.count < 2 for arm in compared if arm.difference)
+    parts = [f"{gains} with a gain", f"{losses} with a loss", f"{len(compared) - gains - losses - single} undecided"]
+    parts += [f"{single} with one seed only"] if single else []
+    counts = f"{len(compared)} arms were compared with training from scratch: {', '.join(parts)}."
+    best = max(compared, key=lambda arm: (_sign(arm), arm.difference.mean if arm.difference else 0.0))
+    return f"{counts} {finding(best, published)}" if _sign(best) == 1 else counts
+
+
+def finding(arm: Arm, published: Published) -> str:
+    """Say how an arm compares with its baseline; the means are those of the seeds that both have."""
+    gain = arm.difference
+    assert gain, "only arms with a difference have a finding"
+    rival = next(other for other in published.arms if other.row == arm.baseline)
+    shared = [seed for seed in arm.seeds if seed in rival.seeds]
+    before, after = (100 * sum(one.seeds[seed] for seed in shared) / len(shared) for one in (rival, arm))
+    where = "all labels" if arm.labels is None else f"{arm.labels:,} labels"
+    run = published.pretrained.get(arm.init)
+    count = published.packs.get(run.manifest["data"]["name"], {}).get("counts", {}).get("train") if run else None
+    images = f"{count:,} unlabelled images" if count else "unlabelled images"
+    start = f"Pretraining on {images} ({arm.init})"
+    change = f"from {before:.1f} % to {after:.1f} %"
+    points = f"{100 * gain.mean:+.1f} points"
+    if gain.count < 2:
+        return f"{start} took test accuracy at {where} {change}: {points} with one seed, so no interval and no claim."
+    bounds = f"{points}, 95 % interval [{100 * gain.low:.1f}, {100 * gain.high:.1f}], {gain.count} seeds"
+    if not _sign(arm):
+        return f"{start} made no difference to test accuracy at {where} that {gain.count} seeds can show: {bounds}."
+    return f"{start} {'raised' if gain.mean > 0 else 'lowered'} test accuracy at {where} {change}: {bounds}."
+
+
+def caveats(published: Published) -> Iterator[str]:
+    """Say what a careful reader has to know before believing the table."""
+    arms, manifests = published.arms, list(manifests_of(published))
+    if published.absent:
+        yield f"Not published, and so not in this report: {', '.join(published.absent)}."
+    old = [name for name, manifest in manifests if stale(manifest)]
+    if old:
+        yield f"Made by other code than the code that lies here now: {', '.join(old)}."
+    dirty = [name for name, manifest in manifests if manifest.get("git", {}).get("dirty")]
+    if dirty:
+        yield f"Made with uncommitted changes to code or rows: {', '.join(dirty)}."
+    versions = {name: {meta["md5"]} for name, meta in published.packs.items() if "md5" in meta}
+    for _, manifest in manifests:
+        versions.setdefault(manifest["data"]["name"], set()).add(manifest["data"]["md5"])
+    for name, found in versions.items():
+        if len(found) > 1:
+            told = ", ".join(sorted(found))
+            yield f"{name}: runs and pack are of {len(found)} versions of it and do not compare: {told}."
+    devices = {str(manifest.get("compute", {}).get("device")) for _, manifest in manifests}
+    if len(devices) > 1:
+        yield f"Times are from different devices and cannot be compared: {', '.join(sorted(devices))}."
+    single = [arm.row for arm in arms if arm.score.count < 2]
+    if single:
+        yield f"One seed only, so no interval is given: {', '.join(single)}."
+    for arm in arms:
+        if end := edge(arm):
+            yield f"{arm.row}: the chosen learning rate, {arm.lr:g}, is the {end} tried; a wider grid may do better."
+        if arm.baseline and not arm.same_encoder:
+            yield f"{arm.row}: its baseline {arm.baseline} has another encoder."
+        if arm.difference and arm.difference.count < arm.score.count:
+            yield f"{arm.row}: only {arm.difference.count} of its seeds are also its baseline's."
+    compared = sum(arm.difference is not None for arm in arms)
+    if compared > 1:
+        yield f"{compared} differences are shown, each with its own 95 % interval; none is corrected for their number."
+
+
+def manifests_of(published: Published) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Give every run with its manifest, named `<stage> <row>`."""
+    yield from ((f"pretrain {row}", run.manifest) for row, run in published.pretrained.items())
+    yield from ((f"downstream {arm.row}", arm.manifest) for arm in published.arms)
+
+
+def edge(arm: Arm) -> str:
+    """Say which end of its grid the chosen learning rate lies at; empty where it lies inside or was the only one."""
+    rates = sorted({point["lr"] for point in arm.grid})
+    if len(rates) < 2 or rates[0] < arm.lr < rates[-1]:
+        return ""
+    return "lowest" if arm.lr == rates[0] else "highest"
+
+
+def _sign(arm: Arm) -> int:
+    """1 where the interval of the difference lies above zero, -1 below, 0 where it holds zero or there is none."""
+    gain = arm.difference
+    if not gain or gain.count < 2:
+        return 0
+    return 1 if gain.low > 0 else -1 if gain.high < 0 else 0

@@ -1,0 +1,190 @@
+"""The report's page: what was found, on which data, at what cost, self-contained, with its figures and numbers.
+
+`build` reads every input first and writes afterwards, each file at once, `index.html` last: a report is never half of
+one state and half of another.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flows import workspace
+from flows.findings import caveats, edge, finding, headline, manifests_of
+from flows.results import Arm, Published, duration, hours, markdown, percent, read, stale
+from mim_core.files import write_atomically
+
+PIECES = ("mask", "fill", "encoder", "head", "target", "loss")
+RUN_PAGES = {"mlflow": "{}/#/runs/{}", "prefect": "{}/runs/flow-run/{}"}
+KNOWN_META = frozenset({"channels", "size", "classes", "counts", "mean", "std", "quarantined", "digest", "name", "md5"})
+
+
+def build(folder: Path, links: Mapping[str, str | None] | None = None) -> dict[str, Any]:
+    """Write the report into `folder`; `links` may hold `mlflow_url` and `prefect_url`, the servers' addresses.
+
+    Gives `headline`, `caveats`, `absent`, `index` (the page) and `summary` (as in summary.json). Raises UserError where
+    nothing is published or a published file is broken.
+    """
+    from flows import figures
+
+    published = read()
+    if not published.arms and not published.pretrained:
+        raise workspace.UserError("report: nothing is published under runs/; run `dvc repro` first")
+    galleries = {row: run.folder / "gallery.png" for row, run in published.pretrained.items()}
+    pictures = {f"gallery_{row}.png": path.read_bytes() for row, path in galleries.items() if path.exists()}
+    colour = figures.colours(published.rows["pretrain"])
+    look = figures.looks(published.arms, colour)
+    pictures |= {
+        "accuracy.png": figures.accuracy(published.arms, look),
+        "pretraining.png": figures.pretraining(list(published.pretrained.values()), colour),
+        "lr_grid.png": figures.lr_grid(published.arms, look),
+    }
+    said = {"headline": headline(published), "caveats": list(caveats(published)), "summary": summary(published)}
+    page = _page(published, said, pictures, {row: one.colour for row, one in look.items()}, links or {})
+    files: dict[str, bytes | str] = {
+        **pictures,
+        "table.md": markdown(published.arms),
+        "summary.json": json.dumps(said["summary"], indent=1) + "\n",
+        "accuracy.csv": _seeds(published.arms),
+        "index.html": page,
+    }
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    for old in folder.glob("gallery_*.png"):  # of rows that are no more
+        if old.name not in files:
+            old.unlink()
+    return {**said, "absent": list(published.absent), "index": str(folder / "index.html")}
+
+
+def summary(published: Published) -> dict[str, dict[str, dict[str, float]]]:
+    """Give the numbers of each run, flat, by stage and row; what is not known is left out."""
+    downstream = {}
+    for arm in published.arms:
+        numbers = {"test_accuracy": arm.score.mean, "test_accuracy_half_width": arm.score.half, "lr": arm.lr}
+        if arm.difference:
+            numbers |= {"difference": arm.difference.mean, "difference_half_width": arm.difference.half}
+        numbers |= {"seeds": arm.score.count, "wall_seconds": arm.wall_seconds, "device_hours": arm.device_hours}
+        if arm.total_device_hours is not None:
+            numbers["device_hours_with_pretraining"] = arm.total_device_hours
+        downstream[arm.row] = _finite(numbers)
+    pretrain = {}
+    for row, run in published.pretrained.items():
+        costs = {key: run.manifest[key] for key in ("wall_seconds", "device_hours", "images_seen")}
+        pretrain[row] = _finite({**run.manifest["metrics"], **costs})
+    return {"downstream": downstream, "pretrain": pretrain}
+
+
+def _page(
+    published: Published,
+    said: Mapping[str, Any],
+    pictures: Mapping[str, bytes],
+    colours: Mapping[str, str],
+    links: Mapping[str, str | None],
+) -> str:
+    import jinja2
+
+    manifests = dict(manifests_of(published))
+    rates = sorted({point["lr"] for arm in published.arms for point in arm.grid})
+    # Undefined names are errors, and every value is escaped: file names and reasons come from users' folders.
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    filters = {"duration": duration, "hours": hours, "percent": percent, "figure": _figure, "value": _value}
+    environment.filters |= filters
+    embedded = {name: f"data:image/png;base64,{base64.b64encode(image).decode()}" for name, image in pictures.items()}
+    template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
+    return template.render(
+        said,
+        published=published,
+        findings={arm.row: finding(arm, published) for arm in published.arms if arm.difference},
+        pictures=embedded,
+        colours=colours,
+        datasets=[_dataset(name, meta, manifests.values()) for name, meta in published.packs.items()],
+        pieces=PIECES,
+        methods=[_method(row, published) for row in published.rows["pretrain"]],
+        rates=rates,
+        tried={arm.row: _tried(arm) for arm in published.arms},
+        edges={arm.row: edge(arm) for arm in published.arms},
+        manifests=manifests,
+        stale={name: stale(manifest) for name, manifest in manifests.items()},
+        json={name: json.dumps(manifest, indent=1, sort_keys=True) for name, manifest in manifests.items()},
+        ids={name: _linked(manifest, links) for name, manifest in manifests.items()},
+        totals={key: sum(manifest[key] for manifest in manifests.values()) for key in ("wall_seconds", "device_hours")},
+        code=workspace.code_fingerprint(),
+    )
+
+
+def _tried(arm: Arm) -> dict[float, float]:
+    scores: dict[float, list[float]] = {}
+    for point in arm.grid:
+        scores.setdefault(point["lr"], []).append(point["validation_accuracy"])
+    return {rate: sum(values) / len(values) for rate, values in scores.items()}
+
+
+def _method(row: str, published: Published) -> dict[str, Any]:
+    """A pretrain row's six pieces and its training, as it ran, or as it would run where it is not published."""
+    run = published.pretrained.get(row)
+    params = published.rows["pretrain"][row]
+    if run and all(piece in run.manifest["params"] for piece in PIECES):
+        params = run.manifest["params"]
+    training = {**params["optim"], "augment": params.get("augment"), "seed": params.get("seed")}
+    return {"row": row, "run": run, "data": params["data"], "training": training} | {key: params[key] for key in PIECES}
+
+
+def _dataset(name: str, meta: Mapping[str, Any], manifests: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    seen = {manifest["data"]["md5"] for manifest in manifests if manifest["data"]["name"] == name}
+    md5 = sorted(seen | ({meta["md5"]} if "md5" in meta else set()))
+    further = {key: value for key, value in meta.items() if key not in KNOWN_META}
+    digest = meta.get("digest") or workspace.digest(meta)
+    return {"name": name, "meta": meta, "md5": md5, "digest": digest, "further": further}
+
+
+def _run_ids(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Give the ids of a run in MLflow and in Prefect, those that there are."""
+    told = [(key.split("_")[0], value) for key, value in manifest.items() if "run" in key and isinstance(value, str)]
+    return {tool: value for tool, value in sorted(told) if tool in ("mlflow", "prefect")}
+
+
+def _linked(manifest: Mapping[str, Any], links: Mapping[str, str | None]) -> list[tuple[str, str, str]]:
+    """The run's ids as (tool, id, address); the address is empty where the tool's is not known."""
+    found = []
+    for tool, run in _run_ids(manifest).items():
+        base = (links.get(f"{tool}_url") or "").rstrip("/")
+        known = base.startswith(("http://", "https://"))
+        found.append((tool, run, RUN_PAGES[tool].format(base, run) if known else ""))
+    return found
+
+
+def _seeds(arms: Sequence[Arm]) -> str:
+    buffer = io.StringIO()
+    lines = [(arm.row, seed, value) for arm in arms for seed, value in arm.seeds.items()]
+    csv.writer(buffer, lineterminator="\n").writerows([("arm", "seed", "test_accuracy"), *lines])
+    return buffer.getvalue()
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    return {key: value for key, value in numbers.items() if value - value == 0}  # neither nan nor infinite
+
+
+def _figure(value: Any) -> str:
+    """A number to three digits, or with thousands separated; a dash where there is none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+
+
+def _value(value: Any) -> str:
+    """A param in words: `name (key value, ...)` for a piece, plain text for the rest."""
+    if isinstance(value, Mapping):
+        kept = {key: one for key, one in sorted(value.items()) if key != "name" and one is not None}
+        inner = ", ".join(f"{key} {_value(one)}" for key, one in kept.items())
+        return f"{value['name']} ({inner})" if "name" in value and inner else str(value.get("name", inner))
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -1,0 +1,193 @@
+"""Fixtures. Every tool is pointed into a temporary folder; servers start only for the tests that ask for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Before any test imports `flows`, which settles the tools' environment at import.
+SANDBOX = Path(tempfile.mkdtemp(prefix="unmask-tests-"))
+os.environ["UNMASK_HOME"] = str(SANDBOX / "home")
+os.environ["HOME"] = str(SANDBOX)
+os.environ["GIT_CONFIG_GLOBAL"] = str(SANDBOX / "gitconfig")
+(SANDBOX / "gitconfig").write_text("[user]\nname = tests\nemail = tests@example.org\n[init]\ndefaultBranch = main\n")
+for inherited in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "UNMASK_PREFECT_PORT", "UNMASK_MLFLOW_PORT"):
+    os.environ.pop(inherited, None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(SANDBOX, ignore_errors=True)
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--update-golden"))
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+class Clone:
+    """A clone of the project with rows that run in seconds, and its commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if key != "UNMASK_HOME"},
+            "HOME": str(folder.parent),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(folder),
+            "UNMASK_PREFECT_PORT": str(free_port()),
+            "UNMASK_MLFLOW_PORT": str(free_port()),
+            "COLUMNS": "200",
+        }
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def run(self, *command: str, fails: bool = False) -> str:
+        """Run a command in the clone; gives its output, errors included."""
+        process = self.start(*command)
+        output, _ = process.communicate(timeout=900)
+        assert (process.returncode != 0) == fails, output
+        return output
+
+    def unmask(self, *arguments: str, fails: bool = False) -> str:
+        return self.run(sys.executable, "-m", "flows.cli", *arguments, fails=fails)
+
+    def dvc(self, *arguments: str, fails: bool = False) -> str:
+        return self.run(sys.executable, "-m", "dvc", *arguments, fails=fails)
+
+    def edit(self, name: str, *changes: tuple[str, str]) -> None:
+        """Replace texts in a file; each has to be there."""
+        path = self.folder / name
+        text = path.read_text()
+        for old, new in changes:
+            assert old in text, f"{name} has no {old!r}"
+            text = text.replace(old, new)
+        path.write_text(text)
+
+
+SMALL = {
+    "params/data.yaml": """\
+data:
+  scenes:
+    source: {name: scenes, size: [32, 32], train: 256, validation: 64, test: 64, several: 0.2, seed: 0}
+""",
+    "params/pretrain.yaml": """\
+pretrain:
+  simmim_vit:
+    data: scenes
+    encoder: {name: vit, patch_px: 4, width: 32, depth: 2, heads: 2, positions: sincos}
+    mask: {name: random, ratio: 0.6, unit_px: 4}
+    fill: mask_token
+    head: linear
+    target: pixels
+    loss: l1
+    optim: {lr: 1.0e-3, batch: 32, epochs: 8, clip: 5.0}
+    checkpoint_minutes: 0.0001
+  other:
+    data: scenes
+    encoder: {name: vit, patch_px: 8, width: 32, depth: 1, heads: 2}
+    mask: {name: random, ratio: 0.5, unit_px: 8}
+    fill: mask_token
+    head: linear
+    target: {name: pixels, normalise: patch}
+    loss: l2
+    optim: {lr: 1.0e-3, batch: 32, epochs: 1}
+""",
+    "params/downstream.yaml": """\
+baselines:
+  scratch:
+    task: classify
+    data: scenes
+    init: scratch
+    encoder: {name: vit, patch_px: 4, width: 32, depth: 2, heads: 2, positions: sincos}
+    labels: 100
+    lr_grid: [1.0e-3, 3.0e-3]
+    seeds: [0, 1]
+    optim: {lr: 1.0e-3, batch: 25, epochs: 2, layer_decay: 0.75}
+downstream:
+  simmim_vit_100:
+    task: classify
+    data: scenes
+    init: simmim_vit
+    labels: 100
+    lr_grid: [1.0e-3, 3.0e-3]
+    seeds: [0, 1]
+    optim: {lr: 1.0e-3, batch: 25, epochs: 2, layer_decay: 0.75}
+""",
+}
+
+
+def make_clone(folder: Path) -> Clone:
+    """Copy the project as git would give it, with small rows, and commit it there."""
+    tracked = (
+        "flows",
+        "mim_core",
+        "dvc.yaml",
+        "data.dvc",
+        ".dvc/config",
+        ".dvc/.gitignore",
+        ".dvcignore",
+        ".gitignore",
+    )
+    for name in tracked:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, target)
+    (folder / "params").mkdir()
+    for name, text in SMALL.items():
+        (folder / name).write_text(text)
+    clone = Clone(folder)
+    for command in (("init", "-q"), ("add", "-A"), ("commit", "-qm", "Begin")):
+        clone.run("git", *command)
+    return clone
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Clone:
+    """A fresh clone, without servers."""
+    return make_clone(tmp_path / "clone")
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
+    """A clone whose pipeline has run with both servers up, shared by the tests that look at what came out."""
+    there = make_clone(tmp_path_factory.mktemp("served") / "clone")
+    try:
+        there.output = there.unmask("demo")  # type: ignore[attr-defined]
+        yield there
+    finally:
+        there.unmask("down")

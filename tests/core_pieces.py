@@ -1,0 +1,90 @@
+"""A small pack and small rows that the tests of the core train on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mim_core.data.pack import Pack, Sample, Source, open_pack, write
+from mim_core.params import DownstreamRow, PretrainRow
+from mim_core.spec import check
+
+COUNTS = {"train": 64, "validation": 16, "test": 16}
+ENCODER = {"name": "vit", "patch_px": 4, "width": 32, "depth": 2, "heads": 4, "positions": "sincos"}
+AUGMENT = {"scale": [0.67, 1.0], "ratio": [0.75, 1.3333], "flip": 0.5}
+OPTIM = {"lr": 1.0e-3, "batch": 16, "epochs": 5, "warmup_epochs": 1, "clip": 5.0}
+PRETRAIN = {
+    "data": "tiny",
+    "encoder": ENCODER,
+    "mask": {"name": "random", "ratio": 0.6, "unit_px": 4},
+    "fill": "mask_token",
+    "head": "linear",
+    "target": "pixels",
+    "loss": "l1",
+    "augment": AUGMENT,
+    "optim": OPTIM,
+    "precision": "fp32",
+}
+CLASSIFY = {
+    "task": "classify",
+    "data": "tiny",
+    "init": "scratch",
+    "encoder": ENCODER,
+    "lr_grid": [1.0e-3],
+    "seeds": [0],
+    "augment": AUGMENT,
+    "smoothing": 0.1,
+    "drop_path": 0.1,
+    "optim": {**OPTIM, "layer_decay": 0.75},
+    "precision": "fp32",
+}
+
+
+def source(size: tuple[int, int] = (16, 16), channels: int = 3, classes: int = 4) -> Source:
+    """Noise over a slope whose brightness tells the class."""
+
+    def samples(split: str) -> Iterator[Sample]:
+        rng = np.random.default_rng(list(COUNTS).index(split))
+        slope = np.linspace(0, 60, size[1])
+        for index in range(COUNTS[split]):
+            label = index % classes
+            image = 40 + 120 * label / classes + slope + rng.integers(0, 30, (channels, *size))
+            yield Sample(image.astype(np.uint8), label)
+
+    return Source([str(label) for label in range(classes)], COUNTS, samples)
+
+
+def tiny_pack(folder: Path, **changes: Any) -> Pack:
+    write(source(**changes), folder, {"source": {"name": "tiny"}})
+    return open_pack(folder)
+
+
+def pretrain_row(**changes: Any) -> PretrainRow:
+    return check(PretrainRow, {**PRETRAIN, **changes}, "row")
+
+
+def classify_row(**changes: Any) -> DownstreamRow:
+    return check(DownstreamRow, {**CLASSIFY, **changes}, "row")
+
+
+def python(*arguments: str) -> subprocess.Popen[str]:
+    """Start another Python of one thread that talks over pipes, with the project on its path."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=root
+    )
+
+
+def send(process: subprocess.Popen[str], job: Mapping[str, Any]) -> None:
+    assert process.stdin
+    process.stdin.write(json.dumps(job) + "\n")
+    process.stdin.flush()
