@@ -26,7 +26,8 @@ def save(
 ) -> None:
     """Write the checkpoint of `step`, with `about` as JSON, and drop all but the newest two."""
     final, part = folder / f"step_{step:09d}", folder / f".part-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
+    for torn in folder.glob(".part-*"):  # of a process that was killed: a job has one writer
+        shutil.rmtree(torn, ignore_errors=True)
     part.mkdir(parents=True)
     save_file(
         {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, part / "weights.safetensors"

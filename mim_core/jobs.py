@@ -36,7 +36,7 @@ from mim_core.losses import LOSSES
 from mim_core.masks import MASKS
 from mim_core.metrics import hole_psnr
 from mim_core.optim import Player, adamw, cosine, param_groups
-from mim_core.params import DownstreamRow, EncoderOf, Optim, PretrainRow
+from mim_core.params import DownstreamRow, EncoderOf, FineTune, PretrainRow
 from mim_core.pretext import MaskedFetch, MaskedModel, Pretext
 from mim_core.spec import Piece, bind, build, check
 from mim_core.targets import TARGETS
@@ -147,7 +147,7 @@ def pretrain(row: PretrainRow, pack: Pack, folder: Path, seed: int) -> dict[str,
     mask, loss = bind(MASKS, row.mask), bind(LOSSES, row.loss)
     objective = Pretext(model, target.to(compute.device), loss, row.loss.scope, pack, compute)  # type: ignore[attr-defined]
     images = pack.split("train")
-    steps, player = _player(row.optim, len(images), model, lambda name: _undecayed(encoder, name))
+    steps, player = _player(row.optim, len(images), model, lambda name: _undecayed(encoder, name), row.optim.lr)
     run = Run(folder, model, {"model": player}, steps, row.checkpoint_minutes)
     # Validation masks are those of epoch 0 under the row's seed: the same at every evaluation.
     held = pack.split("validation")
@@ -227,16 +227,16 @@ def _undecayed(encoder: Any, name: str) -> bool:
 
 
 def _player(
-    optim: Optim,
+    optim: FineTune,
     images: int,
     model: nn.Module,
     no_decay: Callable[[str], bool],
-    lr: float | None = None,
+    lr: float,
     layer: Callable[[str], int] = lambda name: 0,
     layers: int = 1,
 ) -> tuple[int, Player]:
     """Make the optimiser and schedule of a model; gives the steps in all too."""
-    steps, warmup, _ = optim.steps(images)
+    steps, warmup = optim.steps(images)
     groups = param_groups(
         model.named_parameters(),
         weight_decay=optim.weight_decay,
@@ -245,8 +245,7 @@ def _player(
         layers=layers,
         layer_decay=optim.layer_decay,
     )
-    peak = optim.lr if lr is None else lr
-    rate = partial(cosine, total=steps, peak=peak, warmup=warmup, floor=peak * optim.floor)
+    rate = partial(cosine, total=steps, peak=lr, warmup=warmup, floor=lr * optim.floor)
     return steps, Player(adamw(groups, optim.betas), rate, optim.clip)
 
 
@@ -305,8 +304,8 @@ def main() -> None:
         begun = time.time()
         try:
             answer = {"result": perform(json.loads(line)), "span": [begun, time.time()]}
-        except (ValueError, RuntimeError) as error:
-            answer = {"error": str(error), "traceback": traceback.format_exc()}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -30,10 +30,9 @@ Whole = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class Optim(Strict):
-    """AdamW under warm-up and cosine. Rates are those of the step, already scaled to the batch."""
+class FineTune(Strict):
+    """AdamW under warm-up and cosine; the rate comes from a grid."""
 
-    lr: Positive
     batch: Whole
     epochs: Positive
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
@@ -45,10 +44,16 @@ class Optim(Strict):
     """Largest gradient norm."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
 
-    def steps(self, images: int) -> tuple[int, int, int]:
-        """Steps in all, of warm-up, and a single epoch, for a training set of `images`."""
+    def steps(self, images: int) -> tuple[int, int]:
+        """Steps in all and of warm-up, for a training set of `images`."""
         epoch = max(1, images // self.batch)
-        return max(1, round(self.epochs * epoch)), round(self.warmup_epochs * epoch), epoch
+        return max(1, round(self.epochs * epoch)), round(self.warmup_epochs * epoch)
+
+
+class Optim(FineTune):
+    """AdamW at one rate: that of the step, already scaled to the batch."""
+
+    lr: Positive
 
 
 class EncoderOf(Strict):
@@ -95,7 +100,7 @@ class DownstreamRow(Strict):
     augment: Augment | None = None
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    optim: Optim
+    optim: FineTune
     precision: Precision = "auto"
     checkpoint_minutes: Positive = 1.0
 
@@ -228,6 +233,9 @@ def _starts(section: str, row: DownstreamRow, params: Params, size: tuple[int, i
         return [f"init: '{row.init}' is not one of {sorted(params.pretrain)}{nearest(row.init, params.pretrain)}"]
     if row.encoder is not None:
         return ["encoder: found one beside init; the pretrain row already names it; delete this key"]
+    before = params.data.get(params.pretrain[row.init].data)
+    if before and size and (was := tuple(before.source.params()["size"])) != size:
+        return [f"init: '{row.init}' was pretrained at {was} px and '{row.data}' has {size} px; give both one size"]
     return []
 
 

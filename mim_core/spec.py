@@ -8,6 +8,7 @@ code; keyword-only parameters are params, given by a row in `params/`, with thei
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -59,9 +60,11 @@ def build(table: Table, piece: Piece, *wiring: Any, **wired: Any) -> Any:
 
 
 def bind(table: Table, piece: Piece) -> Callable[..., Any]:
-    """Give the piece's function with its params bound, for pieces that are pure functions (masks, losses)."""
-    function, params = table[piece.name], piece.params()
-    return lambda *wiring: function(*wiring, **params)
+    """Give the piece's function with its params bound, for pieces that are pure functions (masks, losses).
+
+    The result can be pickled, so that loader workers can have it.
+    """
+    return functools.partial(table[piece.name], **piece.params())
 
 
 class OneOf:

@@ -57,6 +57,9 @@ def train(
         for name, loss in objective.losses(batch):
             loss.backward()  # type: ignore[no-untyped-call]
             norm = players[name].step(step)
+            for player in players.values():
+                # A loss may run through other players (a critic's judgement): that is not theirs to follow.
+                player.optimiser.zero_grad(set_to_none=True)
             prefix = "" if name == "model" else f"{name}_"
             for key, value in ((f"{prefix}loss", loss.detach()), (f"{prefix}grad_norm", norm)):
                 # Summed on the device: reading a value here would make the device wait at every step.

@@ -7,11 +7,23 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from mim_core.spec import Range, Strict
+
+
+def _share(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1] <= 1:
+        raise ValueError(f"found {list(value)}; a crop's share of the area lies above 0 and not above 1")
+    return value
+
+
+def _above_zero(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] <= 0:
+        raise ValueError(f"found {list(value)}; a ratio of width to height lies above 0")
+    return value
 
 
 class Augment(Strict):
@@ -20,8 +32,8 @@ class Augment(Strict):
     `scale` is the crop's share of the area, `ratio` its width over height, `flip` a probability.
     """
 
-    scale: Range = (0.67, 1.0)
-    ratio: Range = (3 / 4, 4 / 3)
+    scale: Annotated[Range, AfterValidator(_share)] = (0.67, 1.0)
+    ratio: Annotated[Range, AfterValidator(_above_zero)] = (3 / 4, 4 / 3)
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:

@@ -128,7 +128,7 @@ baselines:
     labels: 100
     lr_grid: [1.0e-3, 3.0e-3]
     seeds: [0, 1]
-    optim: {lr: 1.0e-3, batch: 25, epochs: 2, layer_decay: 0.75}
+    optim: {batch: 25, epochs: 2, layer_decay: 0.75}
 downstream:
   simmim_vit_100:
     task: classify
@@ -137,7 +137,7 @@ downstream:
     labels: 100
     lr_grid: [1.0e-3, 3.0e-3]
     seeds: [0, 1]
-    optim: {lr: 1.0e-3, batch: 25, epochs: 2, layer_decay: 0.75}
+    optim: {batch: 25, epochs: 2, layer_decay: 0.75}
 """,
 }
 

@@ -19,7 +19,8 @@ from mim_core.spec import check
 COUNTS = {"train": 64, "validation": 16, "test": 16}
 ENCODER = {"name": "vit", "patch_px": 4, "width": 32, "depth": 2, "heads": 4, "positions": "sincos"}
 AUGMENT = {"scale": [0.67, 1.0], "ratio": [0.75, 1.3333], "flip": 0.5}
-OPTIM = {"lr": 1.0e-3, "batch": 16, "epochs": 5, "warmup_epochs": 1, "clip": 5.0}
+TUNE = {"batch": 16, "epochs": 5, "warmup_epochs": 1, "clip": 5.0}
+OPTIM = {"lr": 1.0e-3, **TUNE}
 PRETRAIN = {
     "data": "tiny",
     "encoder": ENCODER,
@@ -42,7 +43,7 @@ CLASSIFY = {
     "augment": AUGMENT,
     "smoothing": 0.1,
     "drop_path": 0.1,
-    "optim": {**OPTIM, "layer_decay": 0.75},
+    "optim": {**TUNE, "layer_decay": 0.75},
     "precision": "fp32",
 }
 

@@ -14,8 +14,9 @@ from PIL import Image
 from flows import workspace
 
 ENCODER = {"name": "vit", "patch_px": 4, "width": 48, "depth": 2, "heads": 3}
-OPTIM = {"lr": 1.0e-3, "batch": 128, "epochs": 15}
-JUDGED = {"task": "classify", "data": "scenes", "lr_grid": [5.0e-4, 1.0e-3, 2.0e-3], "optim": OPTIM}
+TUNE = {"batch": 128, "epochs": 15}
+OPTIM = {"lr": 1.0e-3, **TUNE}
+JUDGED = {"task": "classify", "data": "scenes", "lr_grid": [5.0e-4, 1.0e-3, 2.0e-3], "optim": TUNE}
 MD5 = "d41d8cd98f00b204e9800998ecf8427e.dir"
 RATES = {5.0e-4: 0.20, 1.0e-3: 0.30, 2.0e-3: 0.25}
 PIECES = {

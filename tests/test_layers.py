@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "mim_core"
 # A module may import from lines above its own, and a package's modules from one another. Never sideways.
 LEVELS = (
-    ("checkpoint", "devices", "files", "losses", "masks", "metrics", "optim", "spec"),
+    ("checkpoint", "devices", "files", "losses", "masks", "metrics", "optim", "spec", "statistics"),
     ("gallery", "train", "transforms"),
     ("data", "encoders", "fills", "heads"),
     ("targets",),

@@ -13,9 +13,7 @@ from conftest import Clone
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.orchestration,
-    pytest.mark.skipif(
-        BROWSER is None, reason="no Chromium here (apt-get install chromium)"
-    ),
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium here (apt-get install chromium)"),
 ]
 
 

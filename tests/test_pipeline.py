@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -162,41 +165,60 @@ def test_plots_show_holds_curves_and_pictures(served: Clone, tmp_path: Path) -> 
         assert expected in page
 
 
+def borrow(clone: Clone, served: Clone) -> None:
+    """Give a clone the data and packs of the one that has run."""
+    for name in ("data", "packs"):
+        shutil.copytree(served.folder / name, clone.folder / name)
+
+
 @pytest.mark.parametrize("victim", ["worker", "flow"])
-def test_a_killed_training_resumes_to_the_same_weights_and_the_same_run(victim: str, clone: Clone) -> None:
-    """Without servers: MLflow's database is written directly, Prefect serves itself."""
+def test_a_killed_training_resumes_to_the_same_weights_and_the_same_run(
+    victim: str, clone: Clone, served: Clone
+) -> None:
+    borrow(clone, served)
+    clone.environment |= {
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{served.environment['UNMASK_MLFLOW_PORT']}",
+        "PREFECT_API_URL": f"http://127.0.0.1:{served.environment['UNMASK_PREFECT_PORT']}/api",
+    }
     clone.edit("params/pretrain.yaml", ("epochs: 8", "epochs: 40"))
-    clone.unmask("data", "restore")
-    clone.dvc("repro", "prepare@scenes")
-    undisturbed = clone.folder.parent / "undisturbed"
-    clone.run("python", "-m", "flows.pretrain", "simmim_vit")
-    (clone.folder / "runs" / "pretrain" / "simmim_vit").rename(undisturbed)
-    process = clone.start("python", "-m", "flows.pretrain", "simmim_vit")
-    jobs = clone.folder / ".unmask" / "jobs"
-    end = time.monotonic() + 300
+    command = (sys.executable, "-m", "flows.pretrain", "simmim_vit")
+    published, undisturbed = clone.folder / "runs" / "pretrain" / "simmim_vit", clone.folder.parent / "undisturbed"
+    clone.run(*command)
+    published.rename(undisturbed)
+    process = clone.start(*command)
+    jobs, end = clone.folder / ".unmask" / "jobs", time.monotonic() + 300
     while not (found := list(jobs.glob("pretrain-simmim_vit-*/seed_0/checkpoints/step_*"))):
         assert time.monotonic() < end
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
+    time.sleep(random.uniform(0, 1.5))
     folder = found[0].parents[1]
     worker = int((folder / "worker.pid").read_text())
     run_before = json.loads((folder / "mlflow.json").read_text())["run_id"]
     os.kill(worker if victim == "worker" else process.pid, signal.SIGKILL)
     process.communicate(timeout=600)
     if victim == "flow":
-        assert not (clone.folder / "runs" / "pretrain" / "simmim_vit").exists()
-        while Path(f"/proc/{worker}").exists():  # it ends with its parent, so it cannot write beside the next one
+        assert not published.exists()
+        while Path(f"/proc/{worker}").exists():  # it ends with its parent, so that it cannot write beside the next one
             assert time.monotonic() < end
             time.sleep(0.05)
-        clone.run("python", "-m", "flows.pretrain", "simmim_vit")
+        clone.run(*command)
     for name in ("encoder.safetensors", "model.safetensors"):
-        again = clone.folder / "runs" / "pretrain" / "simmim_vit" / name
-        assert again.read_bytes() == (undisturbed / name).read_bytes()
-    client = MlflowClient(f"sqlite:///{clone.folder / '.unmask' / 'mlflow' / 'mlflow.db'}")
+        assert (published / name).read_bytes() == (undisturbed / name).read_bytes()
+    client = mlflow_client(served)
     run = client.get_run(run_before)
     assert run.info.status == "FINISHED"
     points = [point.step for point in client.get_metric_history(run_before, "loss")]
     assert len(points) == len(set(points))
     assert max(points) == 320
-    parent = manifest(clone, "pretrain", "simmim_vit")["mlflow_run_id"]
-    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.data.tags["mlflow.parentRunId"] == manifest(clone, "pretrain", "simmim_vit")["mlflow_run_id"]
+
+
+def test_a_stage_runs_and_is_recorded_with_no_server_up(clone: Clone, served: Clone) -> None:
+    borrow(clone, served)
+    said = clone.dvc("repro", "--single-item", "pretrain@other")
+    assert "Traceback" not in said
+    client = MlflowClient(f"sqlite:///{clone.folder / '.unmask' / 'mlflow' / 'mlflow.db'}")
+    run = client.get_run(manifest(clone, "pretrain", "other")["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} >= {"gallery.png", "manifest.json"}

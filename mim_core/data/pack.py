@@ -147,6 +147,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A loader worker maps the file itself; pickling the map would copy all images through a pipe.
+        return open_split, (self.folder,)
+
     def tensor(self, index: int) -> Tensor:
         """One image as a uint8 tensor [c, H, W] of its own."""
         return torch.from_numpy(np.array(self.images[index]))
@@ -189,7 +193,12 @@ class Pack:
         folder = self.folder / name
         if not folder.is_dir():
             raise ValueError(f"{self.folder}: the pack has no {name} images; give its data row a {name} share")
-        return Split(np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"), folder)
+        return open_split(folder)
+
+
+def open_split(folder: Path) -> Split:
+    """Map a split's folder."""
+    return Split(np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy"), folder)
 
 
 def open_pack(folder: Path) -> Pack:

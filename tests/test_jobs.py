@@ -1,0 +1,246 @@
+"""Jobs: a kill at any step changes nothing, and a server of jobs ends with its parent."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from core_pieces import CLASSIFY, OPTIM, PRETRAIN, classify_row, pretrain_row, python, send, tiny_pack
+
+from mim_core import checkpoint
+from mim_core.data.order import Order, loader
+from mim_core.data.pack import Pack, label_budget, open_pack
+from mim_core.jobs import classify, perform, pretrain, read_curve
+from mim_core.masks import MASKS, Grid
+from mim_core.pretext import MaskedFetch
+from mim_core.spec import bind
+from mim_core.train import NonFiniteLossError
+
+LONG = {**OPTIM, "epochs": 25}
+STEPS = 100
+ROWS: dict[str, dict[str, Any]] = {
+    "pretrain": {**PRETRAIN, "optim": LONG},
+    "classify": {**CLASSIFY, "optim": {**LONG, "layer_decay": 0.75}},
+}
+PRODUCTS = {"pretrain": ["encoder.safetensors", "model.safetensors"], "classify": ["classifier.safetensors"]}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums over threads differ in their last bits with the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def servers() -> Iterator[list[subprocess.Popen[str]]]:
+    """Servers of jobs, started early: they import while other tests run."""
+    started = [python("-m", "mim_core.jobs") for _ in range(3)]
+    yield started.copy()
+    for process in started:
+        with process:
+            process.kill()
+
+
+def job(kind: str, pack: Pack, folder: Path, **changes: Any) -> dict[str, Any]:
+    # So few minutes that there is a checkpoint at every step.
+    row = {**ROWS[kind], "checkpoint_minutes": 1.0e-6, **changes}
+    wire = {"kind": kind, "row": row, "pack": str(pack.folder), "folder": str(folder), "seed": 5, "threads": 1}
+    return wire | ({"lr": 2.0e-3, "init": None, "test": True} if kind == "classify" else {})
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in read_curve(folder / "curve.jsonl")):
+        assert time.monotonic() < deadline, "the job does not get on"
+        time.sleep(0.005)
+
+
+def curve(folder: Path, key: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[key]) for line in read_curve(folder / "curve.jsonl") if key in line]
+
+
+def test_pretraining_leaves_what_it_says(tmp_path: Path, pack: Pack) -> None:
+    row = pretrain_row()
+    result = pretrain(row, pack, tmp_path, seed=0)
+    assert (result["steps"], result["images_seen"]) == (20, 320)
+    assert {"loss", "validation_loss", "hole_psnr", "seconds", "parameters", "compute"} <= set(result)
+    assert not {"lr", "grad_norm", "time", "step"} & set(result)
+    assert (tmp_path / "gallery.png").stat().st_size > 0
+    weights, about = checkpoint.read_weights(tmp_path / "encoder.safetensors")
+    assert about["encoder"] == row.encoder.model_dump(mode="json")
+    assert (about["size"], about["channels"], tuple(about["mean"])) == ([16, 16], 3, pack.mean)
+    whole, of = checkpoint.read_weights(tmp_path / "model.safetensors")
+    assert of["row"] == row.model_dump(mode="json")
+    assert all(torch.equal(whole[f"encoder.{name}"], tensor) for name, tensor in weights.items())
+
+
+def test_pretraining_learns(tmp_path: Path, pack: Pack) -> None:
+    pretrain(pretrain_row(optim=LONG), pack, tmp_path, seed=0)
+    losses = [loss for _, loss in curve(tmp_path, "loss")]
+    assert np.mean(losses[-10:]) < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_any_number_of_channels_and_a_size_that_is_not_square(tmp_path: Path, channels: int) -> None:
+    pack = tiny_pack(tmp_path / "pack", size=(16, 24), channels=channels)
+    pretrain(pretrain_row(optim={**OPTIM, "epochs": 0.5}, augment=None), pack, tmp_path / "pretrain", seed=0)
+    row = classify_row(optim={**OPTIM, "epochs": 0.5})
+    result = classify(row, pack, tmp_path / "classify", 0, 1e-3, tmp_path / "pretrain" / "encoder.safetensors", True)
+    assert 0 <= result["test_accuracy"] <= 1
+
+
+def test_fine_tuning_starts_from_the_weights_that_init_names(tmp_path: Path, pack: Pack) -> None:
+    pretrain(pretrain_row(optim={**OPTIM, "epochs": 1}), pack, tmp_path, seed=0)
+    init = tmp_path / "encoder.safetensors"
+    # A rate so small that no bit moves.
+    classify(classify_row(encoder=None, init="one"), pack, tmp_path / "classify", 0, 1e-30, init, True)
+    weights, _ = checkpoint.read_weights(tmp_path / "classify" / "classifier.safetensors")
+    for name, tensor in checkpoint.read_weights(init)[0].items():
+        assert torch.equal(weights[f"encoder.{name}"], tensor), name
+
+
+def test_test_images_are_read_for_the_last_score_only(tmp_path: Path, pack: Pack) -> None:
+    hidden = tmp_path / "pack"
+    shutil.copytree(pack.folder, hidden)
+    (hidden / "test").rename(tmp_path / "away")
+    pretrain(pretrain_row(optim={**OPTIM, "epochs": 1}), open_pack(hidden), tmp_path / "pretrain", seed=0)
+    row, folder = classify_row(), tmp_path / "classify"
+    untested = classify(row, open_pack(hidden), folder, 0, 1e-3, None, test=False)
+    assert not [key for key in untested if key.startswith("test")]
+    assert not (folder / "classifier.safetensors").exists()
+    with pytest.raises(ValueError, match="the pack has no test images"):
+        classify(row, open_pack(hidden), folder, 0, 1e-3, None, test=True)
+
+    trained = (folder / "curve.jsonl").read_text()
+    tested = classify(row, pack, folder, 0, 1e-3, None, test=True)
+    assert (folder / "curve.jsonl").read_text() == trained, "a finished job is not trained again"
+    assert {key: tested[key] for key in untested} == untested
+    assert 0 <= tested["test_accuracy"] <= 1
+
+
+def test_a_loss_that_runs_away_ends_the_job(tmp_path: Path, pack: Pack) -> None:
+    row = pretrain_row(optim={**OPTIM, "lr": 1.0e30, "warmup_epochs": 0})
+    with pytest.raises(NonFiniteLossError, match=r"between steps \d+ and \d+"):
+        pretrain(row, pack, tmp_path, seed=0)
+
+
+def test_a_curve_that_a_kill_cut_short_reads_up_to_there(tmp_path: Path) -> None:
+    (tmp_path / "curve.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_curve(tmp_path / "curve.jsonl") == [{"step": 1, "loss": 2.0}]
+    assert read_curve(tmp_path / "none.jsonl") == []
+
+
+def test_a_label_budget_is_even_and_the_same_for_every_arm_of_a_seed() -> None:
+    labels = np.array([-1, *[0] * 20, *[1] * 10, *[2] * 2])
+    chosen = label_budget(labels, 11, seed=3)
+    np.testing.assert_array_equal(chosen, label_budget(labels.copy(), 11, seed=3))
+    assert (chosen != label_budget(labels, 11, seed=4)).any()
+    assert len(set(chosen)) == 11
+    np.testing.assert_array_equal(np.bincount(labels[chosen])[2], 2)
+    assert abs(int((labels[chosen] == 0).sum()) - int((labels[chosen] == 1).sum())) <= 1
+    np.testing.assert_array_equal(label_budget(labels, None, seed=3), np.arange(1, 33))
+    with pytest.raises(ValueError, match=r"labels: found 33; .* 32 labelled images"):
+        label_budget(labels, 33, seed=0)
+
+
+def test_loader_workers_change_no_batch(pack: Pack) -> None:
+    row = pretrain_row()
+    fetch = MaskedFetch(pack.split("train"), Grid(16, 16, 4), bind(MASKS, row.mask), row.augment, seed=2)
+    order = Order(np.arange(64), 16, seed=2, start=2, steps=9)
+    # The server from which workers fork imports what they need once.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["mim_core.pretext"])
+    alone, shared = list(loader(fetch, order)), list(loader(fetch, order, workers=2))
+    assert len(alone) == len(shared) == 7
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.hidden, other.hidden)
+
+
+def test_an_order_that_starts_late_is_the_rest_of_the_whole_and_an_epoch_repeats_no_image() -> None:
+    whole = list(Order(np.arange(10, 75), 16, seed=0, start=0, steps=9))
+    assert list(Order(np.arange(10, 75), 16, seed=0, start=5, steps=9)) == whole[5:]
+    for epoch in range(2):
+        addresses = [address for batch in whole[4 * epoch : 4 * epoch + 4] for address in batch]
+        assert {of for of, _ in addresses} == {epoch}
+        assert len({index for _, index in addresses}) == 64
+    assert whole[0] != whole[4]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_job_killed_at_any_step_ends_bit_for_bit_as_one_that_was_not(
+    tmp_path: Path, pack: Pack, servers: list[subprocess.Popen[str]], kind: str
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = perform(job(kind, pack, whole))
+    process = servers.pop()
+    send(process, job(kind, pack, broken))
+    at = random.randint(1, STEPS // 2)
+    wait_for_step(broken, at)
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL
+    found = checkpoint.latest(broken / "checkpoints")
+    done = checkpoint.load(found)[0]["step"] if found else 0
+    assert done < STEPS, f"the kill at step {at} came too late to test anything"
+    again = perform(job(kind, pack, broken))
+    for product in PRODUCTS[kind]:
+        assert (whole / product).read_bytes() == (broken / product).read_bytes(), f"killed at step {at}"
+    assert [step for step, _ in curve(broken, "loss")] == list(range(1, STEPS + 1))
+    for key in ("loss", "grad_norm", "lr", "validation_loss" if kind == "pretrain" else "validation_accuracy"):
+        assert curve(broken, key) == curve(whole, key), f"{key}, killed at step {at}"
+    timed = {"seconds", "images_per_s"}
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in result.items() if k not in timed}
+    seconds = [line["seconds"] for line in read_curve(broken / "curve.jsonl")]
+    assert seconds == sorted(seconds)
+
+
+def test_a_server_answers_each_job_and_ends_when_its_parent_does(
+    tmp_path: Path, pack: Pack, servers: list[subprocess.Popen[str]]
+) -> None:
+    process = servers.pop()
+    assert process.stdin
+    assert process.stdout
+
+    def ask(wire: dict[str, Any]) -> dict[str, Any]:
+        send(process, wire)
+        assert process.stdout
+        return dict(json.loads(process.stdout.readline()))
+
+    bad_row = job("pretrain", pack, tmp_path / "bad")
+    bad_row["row"] = {**bad_row["row"], "mask": "randon"}
+    answer = ask(bad_row)
+    assert answer["error"] == "row.mask.name: 'randon' is not one of ['random']; did you mean 'random'?"
+    assert "SpecError" in answer["traceback"]
+    answer = ask(job("classify", pack, tmp_path / "greedy", labels=1000))
+    assert answer["error"] == "labels: found 1000; the training split has 64 labelled images; lower it"
+    answer = ask({**job("pretrain", pack, tmp_path / "nowhere"), "pack": str(tmp_path / "none")})
+    assert "there is no pack here" in answer["error"]
+
+    begun = time.time()
+    answer = ask(job("pretrain", pack, tmp_path / "good", optim=OPTIM))
+    assert answer["result"]["steps"] == 20
+    assert begun <= answer["span"][0] <= answer["span"][1] <= time.time()
+
+    send(process, job("pretrain", pack, tmp_path / "endless", optim={**OPTIM, "epochs": 2000}))
+    wait_for_step(tmp_path / "endless", 1)
+    process.stdin.close()
+    assert process.wait(30) == 0
+    assert not process.stdout.read()
