@@ -22,7 +22,7 @@ from mim_core.files import write_atomically
 EMBEDDED = {"digits.csv.gz": "data", "china.jpg": "images", "flower.jpg": "images"}
 """Files of data/scenes/, and the folder below scikit-learn's `datasets` that each comes from."""
 STAGED = ("data.dvc", "params/data.yaml")
-NEW_ROW = "source: {name: folder, size: [0, 0], validation: 0.1, test: 0.1}"
+NEW_ROW = "source: {name: folder, size_px: [0, 0], validation: 0.1, test: 0.1}"
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 EFFECTIVE = os.access in os.supports_effective_ids
 Say = Callable[[str], object]
@@ -105,7 +105,7 @@ def add(
         size = (min(max(int(statistics.median(map(short_side, readable)) // 16 * 16), 32), 224),) * 2
     row = rows.setdefault(name, new_row)
     if size is not None:
-        row["source"]["size"][:] = size
+        row["source"]["size_px"][:] = size
     needed, free = 2 * sum(path.stat().st_size for path in readable), shutil.disk_usage(workspace.root()).free
     if needed > free:
         raise UserError(f"{source}: a copy and DVC's cache need {needed >> 20} MiB, {free >> 20} are free; make room")
@@ -127,7 +127,7 @@ def add(
     unlabelled = sum(path.parent == source for path in readable)
     if len(classes) > 1 and {label.lower() for label in classes} <= SPLIT_NAMES:
         say(f"data/{name}: careful: each sub-folder is a class, and {classes} look like splits; if so, add one of them")
-    height, width = row["source"]["size"]
+    height, width = row["source"]["size_px"]
     say(
         f"data/{name}: {len(readable)} images, {len(classes)} classes, {unlabelled} without a label, "
         f"{len(refused)} files refused{listed}; read as {height} x {width} px\n"

@@ -216,7 +216,7 @@ def _size(params: Params, data: str, where: str, faults: list[str]) -> tuple[int
             "(new images come in with `unmask data add FOLDER --name NAME`)"
         )
         return None
-    height, width = params.data[data].source.params()["size"]
+    height, width = params.data[data].source.params()["size_px"]
     return height, width
 
 
@@ -234,7 +234,7 @@ def _starts(section: str, row: DownstreamRow, params: Params, size: tuple[int, i
     if row.encoder is not None:
         return ["encoder: found one beside init; the pretrain row already names it; delete this key"]
     before = params.data.get(params.pretrain[row.init].data)
-    if before and size and (was := tuple(before.source.params()["size"])) != size:
+    if before and size and (was := tuple(before.source.params()["size_px"])) != size:
         return [f"init: '{row.init}' was pretrained at {was} px and '{row.data}' has {size} px; give both one size"]
     return []
 

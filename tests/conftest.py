@@ -94,7 +94,7 @@ SMALL = {
     "params/data.yaml": """\
 data:
   scenes:
-    source: {name: scenes, size: [32, 32], train: 256, validation: 64, test: 64, several: 0.2, seed: 0}
+    source: {name: scenes, size_px: [32, 32], train: 256, validation: 64, test: 64, several: 0.2, seed: 0}
 """,
     "params/pretrain.yaml": """\
 pretrain:

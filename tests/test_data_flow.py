@@ -25,7 +25,7 @@ COMMENTED = """# Datasets.
 data:
   # The embedded one.
   scenes:
-    source: {name: scenes, size: [32, 32], train: 12000}  # composed
+    source: {name: scenes, size_px: [32, 32], train: 12000}  # composed
 """
 STAGE = "stages:\n  look:\n    cmd: python -c 1\n    deps: [data/scenes]\n"
 
@@ -307,7 +307,7 @@ def test_add_images_with_classes(project: Path, photos: Path) -> None:
     copied = {path.relative_to(project / "data" / "pets") for path in (project / "data" / "pets").rglob("*.jpg")}
     assert copied == {Path(label, f"{index}.jpg") for label in ("cat", "dog") for index in range(3)}
     rows = (project / "params" / "data.yaml").read_text()
-    expected = "  pets:\n    source: {name: folder, size: [64, 64], validation: 0.1, test: 0.1}\n"
+    expected = "  pets:\n    source: {name: folder, size_px: [64, 64], validation: 0.1, test: 0.1}\n"
     assert rows == COMMENTED + expected
     staged = call("git", "diff", "--cached", "--name-only").split()
     assert staged == ["data.dvc", "params/data.yaml"]
@@ -319,7 +319,7 @@ def test_add_images_with_classes(project: Path, photos: Path) -> None:
 
 def test_replace_a_changed_dataset(project: Path, photos: Path) -> None:
     data.add(photos / "cat", "cats", (24, 40), quiet)
-    assert "size: [24, 40]" in (project / "params" / "data.yaml").read_text()
+    assert "size_px: [24, 40]" in (project / "params" / "data.yaml").read_text()
     (project / "data" / "cats" / "0.jpg").write_bytes(b"broken")
     with pytest.raises(UserError, match="--replace"):
         data.add(photos / "dog", "cats", None, quiet)

@@ -27,7 +27,7 @@ def test_classes_and_unlabelled_images(tmp_path: Path) -> None:
     for index, name in enumerate(["cat/1.png", "cat/deep/2.PNG", "dog/3.Jpg", "4.jpeg"]):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         noise(index).save(tmp_path / name)
-    source = folder(tmp_path, size=(24, 40), validation=0.0, test=0.0)
+    source = folder(tmp_path, size_px=(24, 40), validation=0.0, test=0.0)
     assert source.classes == ["cat", "dog"]
     samples = list(source.samples("train"))
     assert [sample.label for sample in samples] == [-1, 0, 0, 1]
@@ -56,7 +56,7 @@ def test_small_classes_still_fill_every_split(tmp_path: Path) -> None:
         (tmp_path / str(label)).mkdir()
         for index in range(3):
             noise(10 * label + index, 8, 8).save(tmp_path / str(label) / f"{index}.png")
-    source = folder(tmp_path, size=(8, 8), validation=0.1, test=0.1)
+    source = folder(tmp_path, size_px=(8, 8), validation=0.1, test=0.1)
     assert source.counts == {"train": 24, "validation": 3, "test": 3}
     assert {sample.label for sample in source.samples("train")} == set(range(10))
 
@@ -89,7 +89,7 @@ def test_refused_files_are_listed_with_a_reason(tmp_path: Path) -> None:
         assert reason in reasons[name]
     (tmp_path / "good.jpg").unlink()
     with pytest.raises(ValueError, match=r"found no readable image \(6 files refused\)"):
-        folder(tmp_path, size=(8, 8))
+        folder(tmp_path, size_px=(8, 8))
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def shrunk(row: PretrainRow | DownstreamRow, model: type[Any]) -> Any:
 def test_losses_are_the_golden_ones(name: str, tmp_path: Path, update_golden: bool) -> None:
     section, row_name = name.split(".")
     row = getattr(ROWS, section)[row_name]
-    pack = tiny_pack(tmp_path / "pack", size=tuple(ROWS.data[row.data].source.params()["size"]))
+    pack = tiny_pack(tmp_path / "pack", size=tuple(ROWS.data[row.data].source.params()["size_px"]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     if section == "pretrain":

@@ -11,8 +11,16 @@ import pytest
 import yaml
 from core_pieces import CLASSIFY, ENCODER, PRETRAIN
 
-from mim_core.params import FILES, Optim, load
-from mim_core.spec import SpecError, check
+from mim_core.data.sources import SOURCES
+from mim_core.encoders import ENCODERS
+from mim_core.fills import FILLS
+from mim_core.heads import HEADS
+from mim_core.losses import LOSSES
+from mim_core.masks import MASKS
+from mim_core.params import FILES, DataRow, DownstreamRow, Optim, PretrainRow, load
+from mim_core.spec import OneOf, SpecError, check
+from mim_core.targets import TARGETS
+from mim_core.transforms import Augment
 
 ROWS = Path(__file__).parents[1] / "params"
 GOLDEN = Path(__file__).parent / "golden" / "params"
@@ -27,7 +35,7 @@ DELETED = object()
 def written(folder: Path, file: str = "data.yaml", path: str = "", value: Any = None) -> Path:
     """Write valid rows, but for one change, as a params folder."""
     files: dict[str, Any] = {
-        "data.yaml": {"data": {"tiny": {"source": {"name": "scenes", "size": [32, 48]}}}},
+        "data.yaml": {"data": {"tiny": {"source": {"name": "scenes", "size_px": [32, 48]}}}},
         "pretrain.yaml": {"pretrain": {"one": deepcopy(PRETRAIN)}},
         "downstream.yaml": {"baselines": {"fresh": deepcopy(CLASSIFY)}, "downstream": {"tuned": deepcopy(TUNED)}},
     }
@@ -91,7 +99,7 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("pretrain", "pretrain", [1], "pretrain: found [1]; it must map row names to rows"),
     ("pretrain", "pretrian", {}, "found ['pretrain', 'pretrian'] at the top; it must hold exactly ['pretrain']"),
     ("data", "data.tiny.source", "scense", "source.name: 'scense' is not one of *; did you mean 'scenes'?"),
-    ("data", "data.tiny.source.size", [32, 0], "source.size.1: found 0; must be greater than 0"),
+    ("data", "data.tiny.source.size_px", [32, 0], "source.size_px.1: found 0; must be greater than 0"),
     ("downstream", "downstream.tuned.init", "oen", "tuned.init: 'oen' is not one of ['one']; did you mean 'one'?"),
     ("downstream", "downstream.tuned.init", "scratch", "tuned.init: found 'scratch'; move the row to 'baselines'"),
     ("downstream", "downstream.tuned.encoder", CLASSIFY["encoder"], "tuned.encoder: found one beside init;*"),
@@ -129,7 +137,7 @@ def test_a_bad_row_has_exactly_one_message(tmp_path: Path, file: str, path: str,
 
 def test_faults_of_several_files_come_at_once(tmp_path: Path) -> None:
     folder = written(tmp_path, "pretrain.yaml", "pretrain.one.mask.ratio", 1.4)
-    (folder / "data.yaml").write_text("data: {tiny: {source: {name: scenes, size: [32, 48], trian: 5}}}")
+    (folder / "data.yaml").write_text("data: {tiny: {source: {name: scenes, size_px: [32, 48], trian: 5}}}")
     rows = (folder / "downstream.yaml").read_text()
     (folder / "downstream.yaml").write_text(rows.replace("smoothing: 0.1", "smoothing: 2"))
     found = sorted(faults(folder))
@@ -220,3 +228,17 @@ def test_steps_follow_from_epochs_and_images() -> None:
     assert optim.steps(640) == (15, 5)
     # Fewer images than a batch: an epoch is one step.
     assert optim.steps(10) == (2, 0)
+
+
+def test_no_param_has_a_name_that_dvc_leaves_out_of_its_run_cache() -> None:
+    """DVC drops `size` and `nfiles` wherever they stand in a stage's key: a change of such a param would be missed."""
+
+    def keys(value: object) -> set[str]:
+        return set(value) | {key for one in value.values() for key in keys(one)} if isinstance(value, dict) else set()
+
+    used = keys(REPOSITORY.model_dump(mode="json"))
+    for table in (SOURCES, ENCODERS, MASKS, FILLS, HEADS, TARGETS, LOSSES):
+        used |= {field for model in OneOf(table).models.values() for field in model.model_fields}
+    for row in (DataRow, PretrainRow, DownstreamRow, Optim, Augment):
+        used |= set(row.model_fields)
+    assert not used & {"size", "nfiles"}

@@ -113,7 +113,7 @@ def test_same_seed_same_bytes(root: Path) -> None:
 
 @pytest.mark.parametrize("size", [(24, 40), (40, 24), (16, 16), (64, 48)])
 def test_any_size(root: Path, size: tuple[int, int]) -> None:
-    for sample in scenes(root, size=size, train=40, several=1.0).samples("train"):
+    for sample in scenes(root, size_px=size, train=40, several=1.0).samples("train"):
         assert sample.image.shape == (3, *size)
         assert sample.image.dtype == np.uint8
         assert sample.instances is not None

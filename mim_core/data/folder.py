@@ -27,11 +27,11 @@ EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm",
 def folder(
     root: Path,
     *,
-    size: Pair = (224, 224),
+    size_px: Pair = (224, 224),
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1,
     test: Annotated[float, Field(ge=0, lt=1)] = 0.1,
 ) -> Source:
-    """Read a folder of images as RGB of one `size` (height, width) in px: scaled to cover it, then centre cropped.
+    """Read a folder of images as RGB of one `size_px` (height, width) in px: scaled to cover it, then centre cropped.
 
     Sub-folders are classes; images directly in `root` have no label. `validation` and `test` are shares of each class.
     An image's split follows from a hash of its bytes, so copies of one image never lie in two splits. An image's origin
@@ -49,7 +49,7 @@ def folder(
         for index in owned[split]:
             path = readable[index]
             label = classes.index(path.relative_to(root).parts[0]) if path.parent != root else -1
-            yield Sample(decode(path, size), label, origin=(index,))
+            yield Sample(decode(path, size_px), label, origin=(index,))
 
     return Source(classes, {split: len(owned[split]) for split in SPLITS}, samples, quarantined)
 

@@ -34,7 +34,7 @@ Count = Annotated[int, Field(ge=0)]
 def scenes(
     root: Path,
     *,
-    size: Pair = (32, 32),
+    size_px: Pair = (32, 32),
     train: Annotated[int, Field(gt=0)] = 12000,
     validation: Count = 1000,
     test: Count = 2000,
@@ -43,12 +43,12 @@ def scenes(
 ) -> Source:
     """Compose the dataset from its three files in `root`.
 
-    `size` is the images' (height, width) in px, `several` the share with two or three digits. An image's origin is
+    `size_px` is the images' (height, width) in px, `several` the share with two or three digits. An image's origin is
     (digit, photograph, left, top, right, bottom): its main digit's row in the file, the crop in the photograph's px;
     the rows of further digits follow, -1 where there are none.
     """
-    if min(size) < 16:
-        raise ValueError(f"size: found {list(size)}; digits need 16 px a side at least")
+    if min(size_px) < 16:
+        raise ValueError(f"size_px: found {list(size_px)}; digits need 16 px a side at least")
     digits, classes = _read_digits(root / "digits.csv.gz")
     photographs = [np.asarray(Image.open(root / name).convert("RGB")) for name in FILES[1:]]
     owned = dict(zip(SPLITS, split_digits(classes), strict=True))
@@ -57,7 +57,7 @@ def scenes(
     def samples(split: str) -> Iterator[Sample]:
         rng = np.random.default_rng([seed, SPLITS.index(split)])
         for _ in range(counts[split]):
-            yield _compose(rng, digits, classes, owned[split], photographs, BANDS[split], size, several)
+            yield _compose(rng, digits, classes, owned[split], photographs, BANDS[split], size_px, several)
 
     return Source([str(digit) for digit in range(10)], counts, samples)
 
