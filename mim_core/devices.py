@@ -6,10 +6,11 @@ is a further 1.55 times the fused kernel, whose bf16 backward is slow on CPU. On
 
 from __future__ import annotations
 
-import os
+import contextlib
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -55,18 +56,21 @@ def _cpu_multiplies_bf16() -> bool:
     return any(probe() for probe in probes if probe)
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def describe(compute: Compute) -> dict[str, Any]:
     """Say for the manifest what a run computed on."""
     cuda = compute.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(compute.device) if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(compute.device) if cuda else _cpu_name(),
         "type": compute.device.type,
         "precision": "bf16" if compute.bf16 else "fp32",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
