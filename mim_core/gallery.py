@@ -18,8 +18,8 @@ INK, PAPER = (34, 34, 34), (255, 255, 255)
 def draw(pictures: Mapping[str, Tensor], caption: str, note: str = "", tile: int = 112, across: int = 2) -> Image.Image:
     """Lay pictures out, `across` groups of four columns side by side.
 
-    `pictures` holds originals, predictions and composites [b, c, H, W] in [0, 1] and hidden [b, H, W]; `note` says what
-    the predictions borrow from the originals. Tiles are about `tile` px wide, whole multiples of small images.
+    `pictures` holds originals, predictions and composites [b, c, H, W] in [0, 1] and hidden [b, H, W]; `note` stands
+    at the foot. Tiles are about `tile` px wide, whole multiples of small images.
     """
     originals, hidden = pictures["originals"], pictures["hidden"]
     masked = originals * ~hidden[:, None] + GREY * hidden[:, None]
@@ -46,7 +46,7 @@ def draw(pictures: Mapping[str, Tensor], caption: str, note: str = "", tile: int
         psnr = hole_psnr(pictures["composites"][one], originals[one], hidden[one])
         pen.text((left, top + cell_h + 2), f"hole PSNR {psnr:.1f} dB", INK, small)
     if note:
-        pen.text((10, sheet.height - 20), f"Borrowed: {note}.", INK, small)
+        pen.text((10, sheet.height - 20), note, INK, small)
     return sheet
 
 

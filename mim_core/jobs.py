@@ -164,7 +164,10 @@ def pretrain(row: PretrainRow, pack: Pack, folder: Path, seed: int) -> dict[str,
             few = {name: images[:SHOWN] for name, images in pictures.items()}
             share = seen.hidden.float().mean().item()
             caption = f"Reconstructions of validation images, {share:.0%} hidden, mean hole PSNR {psnr:.1f} dB"
-            gallery.draw(few, caption, target.borrows).save(folder / "gallery.png")
+            notes = [f"Borrowed: {target.borrows}."] if target.borrows else []
+            if row.loss.scope == "hidden":  # type: ignore[attr-defined]
+                notes.append("Predictions of visible patches are not trained.")
+            gallery.draw(few, caption, " ".join(notes)).save(folder / "gallery.png")
         return {"validation_loss": value.item(), "hole_psnr": psnr}
 
     batch = min(row.optim.batch, len(images))
@@ -305,7 +308,8 @@ def main() -> None:
         try:
             answer = {"result": perform(json.loads(line)), "span": [begun, time.time()]}
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
+            answer = {"error": f"{kind}{error}", "traceback": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

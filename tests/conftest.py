@@ -22,6 +22,8 @@ os.environ["GIT_CONFIG_GLOBAL"] = str(SANDBOX / "gitconfig")
 (SANDBOX / "gitconfig").write_text("[user]\nname = tests\nemail = tests@example.org\n[init]\ndefaultBranch = main\n")
 for inherited in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "UNMASK_PREFECT_PORT", "UNMASK_MLFLOW_PORT"):
     os.environ.pop(inherited, None)
+# What commands in a clone inherit: not what `flows`, once imported here, settles for this process.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "UNMASK_HOME"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,7 +48,7 @@ class Clone:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {
-            **{key: value for key, value in os.environ.items() if key != "UNMASK_HOME"},
+            **ENVIRONMENT,
             "HOME": str(folder.parent),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(folder),

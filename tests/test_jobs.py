@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from core_pieces import CLASSIFY, OPTIM, PRETRAIN, classify_row, pretrain_row, python, send, tiny_pack
+from core_pieces import CLASSIFY, OPTIM, PRETRAIN, TUNE, classify_row, pretrain_row, python, send, tiny_pack
 
 from mim_core import checkpoint
 from mim_core.data.order import Order, loader
@@ -31,7 +31,7 @@ LONG = {**OPTIM, "epochs": 25}
 STEPS = 100
 ROWS: dict[str, dict[str, Any]] = {
     "pretrain": {**PRETRAIN, "optim": LONG},
-    "classify": {**CLASSIFY, "optim": {**LONG, "layer_decay": 0.75}},
+    "classify": {**CLASSIFY, "optim": {**TUNE, "epochs": 25, "layer_decay": 0.75}},
 }
 PRODUCTS = {"pretrain": ["encoder.safetensors", "model.safetensors"], "classify": ["classifier.safetensors"]}
 
@@ -103,7 +103,7 @@ def test_pretraining_learns(tmp_path: Path, pack: Pack) -> None:
 def test_any_number_of_channels_and_a_size_that_is_not_square(tmp_path: Path, channels: int) -> None:
     pack = tiny_pack(tmp_path / "pack", size=(16, 24), channels=channels)
     pretrain(pretrain_row(optim={**OPTIM, "epochs": 0.5}, augment=None), pack, tmp_path / "pretrain", seed=0)
-    row = classify_row(optim={**OPTIM, "epochs": 0.5})
+    row = classify_row(optim={**TUNE, "epochs": 0.5})
     result = classify(row, pack, tmp_path / "classify", 0, 1e-3, tmp_path / "pretrain" / "encoder.safetensors", True)
     assert 0 <= result["test_accuracy"] <= 1
 

@@ -18,7 +18,11 @@ import pytest
 from conftest import Clone
 from mlflow.tracking import MlflowClient
 
-pytestmark = pytest.mark.orchestration
+pytestmark = [
+    pytest.mark.orchestration,
+    # MLflow's own code warns when its client and its models are loaded.
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 def manifest(clone: Clone, stage: str, row: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_the_lines_for_ones_own_images_run(clone: Clone) -> None:
     script = Path(clone.folder.parent / "lines.sh")
     # The tests' environment is active already, and the folder is the one made here.
     script.write_text(
-        "set -e\nunmask() { python -m flows.cli \"$@\"; }\n"
+        'set -e\nunmask() { python -m flows.cli "$@"; }\n'
         + lines.replace("source .venv/bin/activate\n", "").replace("/path/to/images", str(folder))
     )
     clone.run("bash", str(script))
