@@ -17,7 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import workspace
 from flows.progress import Bar
-from flows.stage import Stage, command, died, write_curves
+from flows.stage import Stage, artifact_key, command, died, write_curves
 from flows.workers import Workers, cores, slots
 
 Point = dict[str, Any]
@@ -143,9 +143,8 @@ def show(
     record.end(record.parent)
     keys = ("lr", "seed", "validation_accuracy", "test_accuracy", "seconds")
     table = [{key: round(point[key], 5) for key in keys if key in point} for point in (*grid[1:], *finals)]
-    create_table_artifact(
-        table, key="result", description=f"{stage.row}: learning rate {metrics['lr']:g} chosen on validation"
-    )
+    said = f"{stage.row}: learning rate {metrics['lr']:g} chosen on validation"
+    create_table_artifact(table, key=artifact_key("result", stage.row), description=said)
 
 
 @flow(name="downstream", flow_run_name="downstream {row}", task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import workspace
 from flows.progress import Bar
-from flows.stage import Stage, command
+from flows.stage import Stage, artifact_key, command
 
 
 @task(cache_policy=NO_CACHE)
@@ -51,7 +51,7 @@ def prepare(dataset: str) -> None:
         f"**{dataset}** (md5 {meta['md5']}), {meta['size'][0]} x {meta['size'][1]} px, {meta['channels']} channels, "
         f"{len(meta['classes'])} classes, {len(meta['quarantined'])} files quarantined"
         f"\n\n| split | images |\n|---|---|\n{counts}",
-        key="pack",
+        key=artifact_key("pack", dataset),
     )
     stage.close()
 

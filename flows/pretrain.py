@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import workspace
 from flows.progress import Bar
-from flows.stage import Stage, command, died, picture_address, write_curves
+from flows.stage import Stage, artifact_key, command, died, picture_address, write_curves
 from flows.workers import Workers, cores
 
 PRODUCTS = ("encoder.safetensors", "model.safetensors", "gallery.png")
@@ -66,10 +66,11 @@ def show(stage: Stage, record: Any, folder: Path, result: dict[str, Any]) -> Non
         record.file(record.parent, folder / name)
     record.register(stage.row, folder / "encoder.safetensors", result["about"])
     record.end(record.parent)
-    create_image_artifact(image_url=picture_address(folder / "gallery.png"), key="gallery", description=stage.row)
+    picture, key = picture_address(folder / "gallery.png"), artifact_key("gallery", stage.row)
+    create_image_artifact(image_url=picture, key=key, description=f"Reconstructions by {stage.row}")
     shown = ("loss", "validation_loss", "hole_psnr", "steps", "images_seen", "images_per_s", "seconds", "parameters")
     lines = "\n".join(f"| {key} | {result[key]:,.4g} |" for key in shown if key in result)
-    create_markdown_artifact(f"**{stage.row}**\n\n| | |\n|---|---|\n{lines}", key="result")
+    create_markdown_artifact(f"**{stage.row}**\n\n| | |\n|---|---|\n{lines}", key=artifact_key("result", stage.row))
 
 
 def checked(row: str) -> Stage:

@@ -46,9 +46,6 @@ def show(folder: Path, said: dict[str, Any]) -> None:
     shutil.rmtree(state, ignore_errors=True)
     create_markdown_artifact(f"{said['headline']}\n\n{(folder / 'table.md').read_text()}", key="table")
     create_image_artifact(image_url=picture_address(folder / "accuracy.png"), key="accuracy")
-    for path in sorted(folder.glob("gallery_*.png")):
-        key = path.stem.replace("_", "-")
-        create_image_artifact(image_url=picture_address(path), key=key, description=path.stem.removeprefix("gallery_"))
 
 
 @flow(name="report", flow_run_name="report")

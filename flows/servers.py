@@ -59,7 +59,6 @@ def apply() -> None:
     """
     for key, value in settings().items():
         os.environ.setdefault(key, value)
-    (workspace.home() / "mlflow").mkdir(parents=True, exist_ok=True)
     ports = running()
     if "prefect" in ports:
         os.environ.setdefault("PREFECT_API_URL", f"{address('prefect', ports)}/api")

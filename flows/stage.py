@@ -92,6 +92,11 @@ def write_curves(path: Path, curves: Mapping[tuple[Any, ...], Path], names: tupl
     write_atomically(path, curve_table(curves, names))
 
 
+def artifact_key(name: str, row: str) -> str:
+    """Name a row's artifact as Prefect allows: lower-case letters, digits and dashes."""
+    return f"{name}-{row.replace('_', '-')}"
+
+
 def picture_address(path: Path) -> str:
     """A picture as a data address, for pages that must hold it themselves."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -50,6 +50,7 @@ class Record:
         """
         self.stage, self.row, self.data = stage, row, data
         self.lost = ""
+        (workspace.home() / "mlflow").mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient()
         self.monitor: SystemMetricsMonitor | None = None
         self.parent = self.attempt(lambda: self._open(f"{stage} {row}", folder, params, None))

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Clone
+from conftest import Clone, prefect
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -57,8 +57,13 @@ def test_the_run_page_lists_metrics_and_artifacts(served: Clone, tmp_path: Path)
 
 def test_the_flow_run_page_shows_its_state_and_artifacts(served: Clone, tmp_path: Path) -> None:
     flow = run_id(served, "pretrain", "simmim_vit", "prefect_flow")
-    page = look(f"{port(served, 'prefect')}/runs/flow-run/{flow}?tab=Artifacts", tmp_path)
-    for expected in ("pretrain simmim_vit", "Completed", "gallery"):
+    page = look(f"{port(served, 'prefect')}/runs/flow-run/{flow}", tmp_path)
+    for expected in ("pretrain simmim_vit", "Completed", "Task Runs", "Artifacts"):
+        assert expected in page
+    wanted = {"flow_runs": {"id": {"any_": [flow]}}, "artifacts": {"key": {"any_": ["gallery-simmim-vit"]}}}
+    (artifact,) = prefect(served, "/artifacts/filter", wanted)
+    page = look(f"{port(served, 'prefect')}/artifacts/artifact/{artifact['id']}", tmp_path)
+    for expected in ("gallery-simmim-vit", "data:image/png;base64,"):
         assert expected in page
 
 
