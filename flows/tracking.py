@@ -139,7 +139,8 @@ class Record:
         versions = workspace.versions()
         requirements = [f"{package}=={versions[package]}" for package in ("torch", "torchvision", "timm", "numpy")]
         requirements += ["safetensors", "pydantic", "jaxtyping", "scipy", "pillow"]
-        with mlflow.start_run(run_id=run):
+        with mlflow.start_run(run_id=run), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow asks for type hints, which it would read as another signature
             mlflow.pyfunc.log_model(
                 name="encoder",
                 python_model=str(Path(__file__).with_name("served_encoder.py")),
