@@ -58,7 +58,7 @@ def browser(folder: Path) -> Iterator[ClientConnection]:
         process.wait(30)
 
 
-def look(address: str, folder: Path, *expected: str, seconds: float = 60) -> None:
+def look(address: str, folder: Path, *expected: str, seconds: float = 120) -> None:
     """Open a page and wait until its document holds all that is expected; leaves a screenshot."""
     with browser(folder) as socket:
         counter = itertools.count(1)
