@@ -144,16 +144,13 @@ def _dataset(name: str, meta: Mapping[str, Any], manifests: Iterable[Mapping[str
     return {"name": name, "meta": meta, "md5": md5, "digest": digest, "further": further}
 
 
-def _run_ids(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Give the ids of a run in MLflow and in Prefect, those that there are."""
-    told = [(key.split("_")[0], value) for key, value in manifest.items() if "run" in key and isinstance(value, str)]
-    return {tool: value for tool, value in sorted(told) if tool in ("mlflow", "prefect")}
-
-
 def _linked(manifest: Mapping[str, Any], links: Mapping[str, str | None]) -> list[tuple[str, str, str]]:
     """The run's ids as (tool, id, address); the address is empty where the tool's is not known."""
     found = []
-    for tool, run in _run_ids(manifest).items():
+    for tool, key in (("mlflow", "mlflow_run_id"), ("prefect", "prefect_flow_run_id")):
+        run = manifest.get(key)
+        if not run:
+            continue
         base = (links.get(f"{tool}_url") or "").rstrip("/")
         known = base.startswith(("http://", "https://"))
         found.append((tool, run, RUN_PAGES[tool].format(base, run) if known else ""))

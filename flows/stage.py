@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 
 from flows import data, rows, workspace
-from flows.workers import JobDiedError, Span, read_lines
-from mim_core.files import write_atomically
+from flows.workers import JobDiedError, Span
+from mim_core.files import read_curve, write_atomically
 
 
 class Stage:
@@ -71,11 +71,11 @@ def note_time(stage: str, spans: list[Span]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def curve_table(curves: Mapping[tuple[Any, ...], Path], names: tuple[str, ...]) -> str:
+def write_curves(target: Path, curves: Mapping[tuple[Any, ...], Path], names: tuple[str, ...]) -> None:
     """Join curves into one CSV: a line a step, `names` for the values of the mapping's keys."""
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for values, path in curves.items():
-        for line in read_lines(path):
+        for line in read_curve(path):
             lines.setdefault((*values, line["step"]), dict(zip(names, values, strict=True))).update(line)
     columns = dict.fromkeys((*names, "step", "seconds"))
     columns |= dict.fromkeys(key for line in lines.values() for key in line)
@@ -85,11 +85,7 @@ def curve_table(curves: Mapping[tuple[Any, ...], Path], names: tuple[str, ...]) 
     writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines.values())
-    return text.getvalue()
-
-
-def write_curves(path: Path, curves: Mapping[tuple[Any, ...], Path], names: tuple[str, ...]) -> None:
-    write_atomically(path, curve_table(curves, names))
+    write_atomically(target, text.getvalue())
 
 
 def artifact_key(name: str, row: str) -> str:

@@ -84,9 +84,9 @@ class Record:
         if run:
             self.attempt(lambda: self.client.log_batch(run, metrics=points))
 
-    def file(self, run: str | None, path: Path, folder: str | None = None) -> None:
+    def file(self, run: str | None, path: Path) -> None:
         if run:
-            self.attempt(lambda: self.client.log_artifact(run, str(path), folder))
+            self.attempt(lambda: self.client.log_artifact(run, str(path)))
 
     def register(self, name: str, weights: Path, about: Mapping[str, Any]) -> None:
         """Register an encoder: a model that embeds uint8 images, with its own preprocessing and no pickled code."""

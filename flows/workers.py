@@ -145,11 +145,6 @@ def slots() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*"))) or cores()
 
 
-def read_lines(path: Path) -> list[dict[str, float]]:
-    """Read all whole lines of a curve."""
-    return Tail(path).read()
-
-
 class Tail:
     """Whole lines added to a JSON-lines file since the last read; one that a resume cut back is read from its start."""
 

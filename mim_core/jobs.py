@@ -29,7 +29,7 @@ from mim_core import checkpoint, devices, gallery
 from mim_core.data.order import Order, loader
 from mim_core.data.pack import Pack, label_budget, open_pack
 from mim_core.encoders import ENCODERS
-from mim_core.files import write_atomically
+from mim_core.files import read_curve, write_atomically
 from mim_core.fills import FILLS
 from mim_core.heads import HEADS
 from mim_core.losses import LOSSES
@@ -118,17 +118,6 @@ class Run:
             evaluate=evaluate,
             evaluate_every=max(1, self.steps // evaluations),
         )
-
-
-def read_curve(path: Path) -> list[dict[str, float]]:
-    """Read a job's curve; a last line that a kill cut short is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def pretrain(row: PretrainRow, pack: Pack, folder: Path, seed: int) -> dict[str, Any]:
