@@ -50,6 +50,45 @@ def draw(pictures: Mapping[str, Tensor], caption: str, note: str = "", tile: int
     return sheet
 
 
+def draw_recoveries(
+    kinds: Mapping[str, Mapping[str, Tensor]], caption: str, note: str = "", tile: int = 96
+) -> Image.Image:
+    """Lay out how images were recovered under several kinds of mask: an image a row, masked and recovered a kind.
+
+    `kinds` maps a mask's name to pictures as `draw` takes them, of the same images in the same order.
+    """
+    first = next(iter(kinds.values()))["originals"]
+    count, (height, width) = len(first), first.shape[-2:]
+    scale = max(1, round(tile / width))
+    cell_h, cell_w = height * scale, width * scale
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    gap, aside, head = 4, 12, 52
+    group = 2 * (cell_w + gap) + aside
+    size = (10 + cell_w + gap + aside + len(kinds) * group, head + count * (cell_h + gap) + (26 if note else 8))
+    sheet = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((10, 8), caption, INK, font)
+    pen.text((10, 34), "original", INK, small)
+
+    def paste(image: Tensor, left: int, row: int) -> None:
+        tile = to_image(image).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+        sheet.paste(tile, (left, head + row * (cell_h + gap)))
+
+    for row in range(count):
+        paste(first[row], 10, row)
+    for order, (kind, pictures) in enumerate(kinds.items()):
+        left = 10 + cell_w + gap + aside + order * group
+        pen.text((left, 34), f"{kind.replace('_', ' ')}: masked, recovered", INK, small)
+        hidden = pictures["hidden"][:, None]
+        masked = pictures["originals"] * ~hidden + GREY * hidden
+        for row in range(count):
+            paste(masked[row], left, row)
+            paste(pictures["composites"][row], left + cell_w + gap, row)
+    if note:
+        pen.text((10, sheet.height - 20), note, INK, small)
+    return sheet
+
+
 def to_image(image: Tensor) -> Image.Image:
     """Turn one picture [c, H, W] in [0, 1] into an RGB image; one channel is grey, further ones are left out."""
     array = (image.detach().cpu().float().clamp(0, 1).numpy() * 255).round().astype(np.uint8)

@@ -9,20 +9,59 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 
-def cosine(step: int, total: int, *, peak: float, warmup: int = 0, floor: float = 0.0, start: float = 0.0) -> float:
+def cosine(
+    step: int,
+    total: int,
+    peak: float,
+    warmup: int = 0,
+    floor: float = 0.0,
+    start: float = 0.0,
+    *,
+    after_warmup: bool = False,
+) -> float:
     """Linear warm-up from `start` over `warmup` steps, then half a cosine to `floor` at `total`.
 
-    The cosine runs over the whole horizon, warm-up included, as in SimMIM's published schedule.
+    The cosine runs over the whole horizon, warm-up included, as in SimMIM's published schedule; with `after_warmup` it
+    begins at the peak where the warm-up ends, as in MAE's and BEiT's.
     """
     if step < warmup:
         return start + (peak - start) * step / warmup
-    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * min(step, total) / total))
+    begun = warmup if after_warmup else 0
+    share = (min(step, total) - begun) / max(1, total - begun)
+    return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * share))
+
+
+def multistep(
+    step: int,
+    total: int,
+    peak: float,
+    warmup: int = 0,
+    floor: float = 0.0,
+    start: float = 0.0,
+    *,
+    milestones: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)],
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+) -> float:
+    """Linear warm-up, then the peak, times `gamma` from each milestone (a share of the run) on; never below `floor`."""
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    passed = sum(step >= round(share * total) for share in milestones)
+    return max(floor, peak * gamma**passed)
+
+
+def constant(step: int, total: int, peak: float, warmup: int = 0, floor: float = 0.0, start: float = 0.0) -> float:
+    """Linear warm-up, then the peak."""
+    return start + (peak - start) * step / warmup if step < warmup else peak
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "multistep": multistep, "constant": constant}
 
 
 def param_groups(

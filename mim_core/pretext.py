@@ -1,25 +1,30 @@
-"""Masked image modelling: hide patches, encode, predict what was there.
-
-Letters in shapes, here and everywhere: b batch, n patches, d width, h w grid of patches, H W pixels, c channels, p
-patch side in px, k values or classes a position, m predicted positions of a batch.
-"""
+"""Masked image modelling: hide patches, encode, predict what was there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mim_core.adversarial import Critic
 from mim_core.data.order import Address
 from mim_core.data.pack import Pack, Split
 from mim_core.devices import Compute
-from mim_core.masks import Grid, generator
+from mim_core.encoders import ENCODERS
+from mim_core.fills import FILLS
+from mim_core.grid import Grid, entries_hidden, near, unpatchify
+from mim_core.heads import HEADS
+from mim_core.masks import generator
+from mim_core.spec import build
+from mim_core.targets import TARGETS
 from mim_core.transforms import Augment, normalise
+
+Box = tuple[slice, slice]
 
 
 class MaskedModel(nn.Module):
@@ -30,13 +35,19 @@ class MaskedModel(nn.Module):
         self.encoder, self.fill, self.head = encoder, fill, head
 
     def forward(
-        self, images: Float[Tensor, "b c H W"], hidden: Bool[Tensor, "b n"], wanted: Bool[Tensor, "b n"]
-    ) -> Float[Tensor, "m k"]:
+        self, images: Float[Tensor, "b c H W"], hidden: Bool[Tensor, "b n"], wanted: Bool[Tensor, "b p"]
+    ) -> Float[Tensor, "m v"]:
         """Predict the wanted positions of images whose hidden patches the encoder does not see."""
+        features, kept, summary = self.encode(images, hidden)
+        out: Tensor = self.head(features, wanted, kept, summary)
+        return out
+
+    def encode(self, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Encode masked images: features [b, n, d], which patches they are of (None: all), class tokens [b, p, d]."""
         tokens = self.encoder.embed(self.fill.pixels(images, hidden))
         tokens, kept = self.fill.tokens(tokens, hidden)
-        out: Tensor = self.head(self.encoder(tokens, kept), wanted)
-        return out
+        features, summary = self.encoder.encode(tokens, kept)
+        return features, kept, summary
 
 
 @dataclass(frozen=True)
@@ -71,41 +82,153 @@ class MaskedFetch:
         return Masked(torch.stack(images), torch.from_numpy(np.stack(hidden)))
 
 
+@dataclass(frozen=True)
+class Scope:
+    """What the loss is taken over: the `hidden` part, a `ring` of visible px round it too, or `all`.
+
+    Errors on visible entries count `visible_weight` times (10 in Context Encoder's ring, section 3.2 and its code).
+    """
+
+    part: Literal["hidden", "ring", "all"] = "hidden"
+    ring_px: int = 0
+    visible_weight: float = 1.0
+
+
 class Pretext(nn.Module):
-    """The objective of a masked model: its prediction against a target, over the hidden positions or all."""
+    """The objective of a masked model: its prediction against a target, over the scope's entries.
+
+    The mean runs over the entries of the whole batch, as in the published code of all these methods, and not over each
+    image first. With a `critic` there are two players.
+    """
 
     def __init__(
         self,
         model: MaskedModel,
         target: Any,
         loss: Callable[[Tensor, Tensor], Tensor],
-        scope: str,
+        scope: Scope,
         pack: Pack,
         compute: Compute,
+        critic: Critic | None = None,
+        critic_weight: float = 0.0,
+        critic_sees: Box | None = None,
     ) -> None:
         super().__init__()
         self.model, self.target = model, target
         self.loss, self.scope, self.pack, self.compute = loss, scope, pack, compute
+        self.critic, self.critic_weight, self.critic_sees = critic, critic_weight, critic_sees
 
-    def losses(self, batch: Masked) -> Iterator[tuple[str, Tensor]]:
+    def losses(self, batch: Masked, step: int) -> Iterator[tuple[str, Tensor]]:
         images = normalise(batch.images.to(self.compute.device), self.pack.mean, self.pack.std)
         hidden = batch.hidden.to(self.compute.device)
-        wanted = hidden if self.scope == "hidden" else torch.ones_like(hidden)
+        wanted, weights = self.wanted(hidden)
+        target = self.target(images)
         with self.compute.autocast():
             prediction = self.model(images, hidden, wanted)
-        yield "model", self.loss(prediction.float(), self.target(images)[wanted])
+        prediction = prediction.float()
+        loss = self.mean_loss(prediction, target[wanted], None if weights is None else weights[wanted])
+        if self.critic:
+            real, fake = self.views(prediction, target, wanted)
+            with self.compute.autocast():
+                critic_loss = self.critic.loss(real, fake)
+            yield "critic", critic_loss
+            with self.compute.autocast():
+                fooled = self.critic.fooled(fake)
+            loss = (1 - self.critic_weight) * loss + self.critic_weight * fooled
+        yield "model", loss
+
+    def wanted(self, hidden: Bool[Tensor, "b n"]) -> tuple[Bool[Tensor, "b p"], Float[Tensor, "b p k"] | None]:
+        """Tell which positions to predict, and the weight of each entry there (None: 1 throughout)."""
+        encoder, entries, scope = self.model.encoder, self.target.entries, self.scope
+        same = encoder.grid == encoder.output
+        if scope.part == "all":
+            wanted = hidden.new_ones(len(hidden), encoder.output.count)
+            if scope.visible_weight == 1:
+                return wanted, None
+            inside = entries_hidden(hidden, encoder.grid, encoder.output, entries)
+            return wanted, torch.where(inside, 1.0, scope.visible_weight)
+        if scope.part == "hidden" and same:
+            return hidden, None
+        inside = entries_hidden(hidden, encoder.grid, encoder.output, entries)
+        if scope.part == "hidden":
+            return inside.any(-1), inside.float()
+        around = near(hidden, encoder.grid, scope.ring_px)
+        around = entries_hidden(around, encoder.grid, encoder.output, entries) & ~inside
+        return (inside | around).any(-1), inside + scope.visible_weight * around
+
+    def mean_loss(
+        self, prediction: Float[Tensor, "m v"], target: Tensor, weights: Float[Tensor, "m k"] | None
+    ) -> Float[Tensor, ""]:
+        """Take the loss of predictions [m, v] against true entries [m, k], as the mean over those with a weight."""
+        entries = self.target.entries
+        if entries.classes:
+            logits = entries.logits(prediction).flatten(0, 1)
+            each = self.loss(logits, target.reshape(-1, entries.side**2)).reshape(target.shape)
+        else:
+            each = self.loss(prediction, target)
+        if weights is None:
+            return each.mean()
+        # Over the number of entries and not the sum of weights: as published, weights scale gradients only.
+        return (each * weights).sum() / (weights > 0).sum().clamp(min=1)
+
+    def views(self, prediction: Tensor, target: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Give what the critic compares: real pictures, and the same with predictions in the wanted positions."""
+        shape, side = self.model.encoder.output.shape, self.target.entries.side
+        mixed = target.clone()
+        mixed[wanted] = prediction
+        box = self.critic_sees or (slice(None), slice(None))
+        real, fake = (unpatchify(patches, shape, side)[..., box[0], box[1]] for patches in (target, mixed))
+        return real, fake
 
     @torch.no_grad()
     def recover(self, batch: Masked) -> dict[str, Tensor]:
         """Predict every position; gives pictures in [0, 1]: originals, predictions, composites, and hidden pixels."""
         images = normalise(batch.images.to(self.compute.device), self.pack.mean, self.pack.std)
         hidden = batch.hidden.to(self.compute.device)
+        encoder = self.model.encoder
+        everywhere = hidden.new_ones(len(hidden), encoder.output.count)
         with self.compute.autocast():
-            prediction = self.model(images, hidden, torch.ones_like(hidden)).float()
-        pictures = self.target.render(prediction.reshape(*hidden.shape, -1), images)
+            prediction = self.model(images, hidden, everywhere).float()
+        pictures = self.target.render(prediction.reshape(*everywhere.shape, -1), images)
         originals = batch.images.to(self.compute.device).float() / 255
-        grid = self.model.encoder.grid
-        pixels = hidden.reshape(-1, *grid.shape)
-        pixels = pixels.repeat_interleave(grid.patch_px, 1).repeat_interleave(grid.patch_px, 2)
+        pixels = encoder.grid.pixels(hidden)
         composites = torch.where(pixels[:, None], pictures, originals)
         return {"originals": originals, "predictions": pictures, "composites": composites, "hidden": pixels}
+
+
+def assemble(
+    row: Any,
+    size: tuple[int, int],
+    channels: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    tokenizer: nn.Module | None = None,
+) -> tuple[MaskedModel, Any]:
+    """Build a row's pieces, wired to each other: the model and the target, which has no trained parameters.
+
+    `tokenizer`: for a target that is fitted. Raises ValueError, beginning with the piece, where pieces do not fit.
+    """
+    fitted = (tokenizer,) if "fitted" in row.target.params() else ()
+    encoder = _named("encoder", lambda: build(ENCODERS, row.encoder, size, channels))
+    target = _named("target", lambda: build(TARGETS, row.target, encoder.output, mean, std, *fitted))
+    fill = _named("fill", lambda: build(FILLS, row.fill, encoder.embed_width, encoder.grid, mean, std))
+    shape = getattr(encoder, "feature_shape", None)
+    head = _named("head", lambda: build(HEADS, row.head, encoder.width, encoder.output, target.entries, shape))
+    return MaskedModel(encoder, fill, head), target
+
+
+def _named(piece: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"{piece}: {error}") from None
+
+
+def hole(wanted: Bool[Tensor, " p"], grid: Grid, side: int) -> Box:
+    """Find the box round the wanted positions, in a picture that has `side` px for each of `grid`'s cells."""
+    cells = wanted.reshape(grid.shape)
+    rows, columns = cells.any(1).nonzero().flatten(), cells.any(0).nonzero().flatten()
+    return (
+        slice(int(rows[0]) * side, (int(rows[-1]) + 1) * side),
+        slice(int(columns[0]) * side, (int(columns[-1]) + 1) * side),
+    )

@@ -112,10 +112,17 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-_Px = typing.Annotated[int, Field(gt=0)]
+_Positive = typing.Annotated[int, Field(gt=0)]
 
-Pair = typing.Annotated[tuple[_Px, _Px], BeforeValidator(pair)]
+Pair = typing.Annotated[tuple[_Positive, _Positive], BeforeValidator(pair)]
 """(height, width) in px; one number stands for a square."""
+
+Counts = typing.Annotated[
+    tuple[_Positive, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
+"""A positive number for each stage, which YAML writes as a list."""
 
 Range = typing.Annotated[tuple[float, float], BeforeValidator(pair), AfterValidator(_ordered)]
 """(low, high); one number stands for both."""

@@ -16,9 +16,12 @@ Scalars = dict[str, float]
 
 
 class Objective(Protocol):
-    """What is trained. `losses` yields (player, loss), each loss computed after the previous player's step."""
+    """What is trained. `losses` yields (player, loss), each loss computed after the previous player's step.
 
-    def losses(self, batch: Any) -> Iterator[tuple[str, Tensor]]: ...
+    `step` counts the steps done before: what a schedule reads.
+    """
+
+    def losses(self, batch: Any, step: int) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class NonFiniteLossError(RuntimeError):
@@ -54,7 +57,7 @@ def train(
     for step, batch in enumerate(batches, start):
         # Dropout and drop path draw from a stream that the step alone names, so a resume needs no generator state.
         torch.manual_seed(seed << 32 | step)
-        for name, loss in objective.losses(batch):
+        for name, loss in objective.losses(batch, step):
             loss.backward()  # type: ignore[no-untyped-call]
             norm = players[name].step(step)
             for player in players.values():

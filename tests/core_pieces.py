@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mim_core.data.pack import Pack, Sample, Source, open_pack, write
-from mim_core.params import DownstreamRow, PretrainRow
+from mim_core.params import DownstreamRow, PretrainRow, TargetRow
 from mim_core.spec import check
 
 COUNTS = {"train": 64, "validation": 16, "test": 16}
@@ -33,6 +33,18 @@ PRETRAIN = {
     "optim": OPTIM,
     "precision": "fp32",
 }
+TARGET = {
+    "data": "tiny",
+    "tokenizer": {"name": "dvae_small", "codes": 16, "layers": 2, "width": 8, "code_width": 8},
+    "temperature": {"start": 1.0, "end": 0.0625, "over": 0.5},
+    "kl_weight": {"start": 0.0, "end": 0.1},
+    "least_perplexity": 1.0,
+    "augment": AUGMENT,
+    "optim": OPTIM,
+    "precision": "fp32",
+}
+PALETTE = {"data": "tiny", "tokenizer": {"name": "palette", "codes": 8}}
+FITTED = {**PRETRAIN, "target": {"name": "tokens", "fitted": "codes"}, "loss": "cross_entropy"}
 CLASSIFY = {
     "task": "classify",
     "data": "tiny",
@@ -69,6 +81,10 @@ def tiny_pack(folder: Path, **changes: Any) -> Pack:
 
 def pretrain_row(**changes: Any) -> PretrainRow:
     return check(PretrainRow, {**PRETRAIN, **changes}, "row")
+
+
+def target_row(**changes: Any) -> TargetRow:
+    return check(TargetRow, {**TARGET, **changes}, "row")
 
 
 def classify_row(**changes: Any) -> DownstreamRow:

@@ -16,12 +16,13 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "mim_core"
 # A module may import from lines above its own, and a package's modules from one another. Never sideways.
 LEVELS = (
-    ("checkpoint", "devices", "files", "losses", "masks", "metrics", "optim", "spec", "statistics"),
-    ("gallery", "train", "transforms"),
-    ("data", "encoders", "fills", "heads"),
+    ("checkpoint", "devices", "files", "grid", "losses", "metrics", "optim", "spec", "statistics"),
+    ("gallery", "masks", "positions", "train", "transforms"),
+    ("data", "encoders", "fills", "heads", "tokenizers"),
     ("targets",),
-    ("pretext", "tasks"),
-    ("params",),
+    ("adversarial", "fit_target", "tasks"),
+    ("pretext",),
+    ("params", "published"),
     ("jobs",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +14,13 @@ from torch import nn
 from mim_core.encoders import ENCODERS
 from mim_core.encoders.vit import ViT
 from mim_core.fills import MaskToken
-from mim_core.heads import Linear
-from mim_core.optim import Player, adamw, cosine, param_groups
+from mim_core.grid import Entries
+from mim_core.heads import HEADS
+from mim_core.jobs.pretrain import undecayed
+from mim_core.optim import SCHEDULES, Player, adamw, cosine, multistep, param_groups
+from mim_core.params import EncoderOf
 from mim_core.pretext import MaskedModel
+from mim_core.spec import build, check
 from mim_core.tasks.classify import Classifier
 
 PARITY = Path(__file__).parent / "parity"
@@ -40,6 +46,30 @@ def test_cosine_closed_forms() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     # The cosine runs over the whole horizon: right after the warm-up it is below the peak by its share of it.
     assert rate(10) == pytest.approx(0.1 + 0.45 * (1 + np.cos(np.pi / 10)))
+
+
+def test_multistep_is_the_published_schedule() -> None:
+    published = np.load(PARITY / "simmim_lr_schedules.npz")["multistep"]
+    rate = partial(multistep, total=200, peak=4e-4, warmup=40, start=1e-6, milestones=[0.7])
+    ours = [rate(max(i - 1, 0)) for i in range(200)]
+    np.testing.assert_allclose(ours, published, rtol=1e-9)
+
+
+def test_a_cosine_after_the_warmup_begins_at_the_peak() -> None:
+    rate = partial(cosine, total=100, peak=1.0, warmup=20, floor=0.1, after_warmup=True)
+    assert [rate(20), rate(60), rate(100)] == pytest.approx([1.0, 0.55, 0.1])
+    assert rate(10) == 0.5
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_warms_up_and_never_rises_after(name: str) -> None:
+    params = {"milestones": [0.5, 0.75]} if name == "multistep" else {}
+    rates = [SCHEDULES[name](step, 80, 1.0, warmup=8, floor=0.05, start=0.2, **params) for step in range(81)]
+    assert rates[:9] == sorted(rates[:9])
+    assert rates[0] == 0.2
+    assert rates[8:] == sorted(rates[8:], reverse=True)
+    assert max(rates) <= 1.0
+    assert rates[-1] >= 0.05
 
 
 def test_cosine_without_warmup_begins_at_the_peak() -> None:
@@ -95,34 +125,53 @@ def test_layer_decay_groups_are_the_published_ones(case: str) -> None:
         assert not lacking
 
 
-def test_pretraining_decays_what_the_published_vit_decays() -> None:
+SMALL: dict[str, dict[str, Any]] = {
+    "vit": {"patch_px": 16, "width": 8, "depth": 2, "heads": 2, "positions": "relative", "layer_scale": 0.1},
+    "swin": {"width": 8, "depths": [1, 1], "heads": [1, 2], "window": 4},
+    "conv": {"base": 4, "layers": 3, "bottleneck": 8},
+    "alexnet": {"base": 6},
+}
+
+
+def encoder_of(name: str) -> Any:
+    size = (96, 96) if name == "alexnet" else (32, 32)
+    return build(ENCODERS, check(EncoderOf, {"encoder": {"name": name, **SMALL[name]}}, "row").encoder, size, 3)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_pretraining_decays_what_the_published_code_decays(name: str) -> None:
     table = np.load(PARITY / "simmim_pretrain_wd_groups.npz")
-    encoder = small_vit(depth=1)
-    model = MaskedModel(encoder, MaskToken(8), Linear(8, 192))
-    groups = param_groups(
-        model.named_parameters(),
-        weight_decay=0.05,
-        no_decay=lambda name: name.removeprefix("encoder.") in encoder.no_weight_decay(),
-    )
-    ours = {name: group["weight_decay"] > 0 for group in groups for name in group["names"]}
-    shared = 0
-    for key, decays in (("vit/decay", True), ("vit/no_decay", False)):
-        for name in map(str, table[key]):
-            name = name.replace("encoder.mask_token", "fill.token").replace("decoder.0.", "head.project.")
-            name = name.replace("encoder.", "encoder.backbone.")
-            if name in ours:
-                assert ours[name] == decays, name
-                shared += 1
-    # All but the fused bias of q, k and v, which the published code splits.
-    assert shared == len(ours) - 1
-    assert ours["fill.token"]
+    encoder = encoder_of(name)
+    grid, colours = encoder.grid, (0.5,) * 3
+    fill = MaskToken(encoder.embed_width, grid, colours, colours)
+    model = MaskedModel(encoder, fill, HEADS["linear"](encoder.width, encoder.output, Entries(3, 16)))
+    no_decay = partial(undecayed, model)
+    groups = param_groups(model.named_parameters(), weight_decay=0.05, no_decay=no_decay)
+    ours = {key: group["weight_decay"] > 0 for group in groups for key in group["names"]}
+    met = set()
+    for key, decays in ((f"{name}/decay", True), (f"{name}/no_decay", False)):
+        for published in map(str, table[key]):
+            inner = published.replace("encoder.mask_token", "fill.token").replace("decoder.0.", "head.project.")
+            inner = inner.replace("encoder.", "encoder.backbone.").replace("layers.0.downsample", "layers.1.downsample")
+            if inner in ours:
+                assert ours[inner] == decays, inner
+                met.add(inner)
+    # The published table is that of a model with one block (a stage).
+    assert {key for key in ours if "blocks.1." not in key} == met
+
+
+def test_fine_tuning_a_swin_leaves_its_tables_of_relative_positions() -> None:
+    encoder = encoder_of("swin")
+    assert {name.split(".")[-1] for name in encoder.no_weight_decay()} == {"relative_position_bias_table"}
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_every_parameter_has_a_layer_and_rates_grow_with_it(name: str) -> None:
-    encoder = ENCODERS[name]((16, 16), 3, patch_px=8, width=8, depth=3, heads=2)
+def test_every_parameter_has_a_layer(name: str) -> None:
+    encoder = encoder_of(name)
     layers = {encoder.layer(key) for key, _ in encoder.named_parameters()}
-    assert layers == set(range(encoder.depth + 2))
+    blocks = set(range(1, encoder.depth + 1))
+    # Convolutional encoders have nothing before the first of them, or after the last.
+    assert layers == blocks if encoder.grid.patch_px == 1 else layers == blocks | {0, encoder.depth + 1}
     assert encoder.no_weight_decay() <= {key for key, _ in encoder.named_parameters()}
 
 

@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import yaml
-from core_pieces import CLASSIFY, ENCODER, PRETRAIN
+from core_pieces import CLASSIFY, ENCODER, FITTED, OPTIM, PALETTE, PRETRAIN, TARGET
 
+from mim_core.adversarial import Adversarial
 from mim_core.data.sources import SOURCES
 from mim_core.encoders import ENCODERS
 from mim_core.fills import FILLS
 from mim_core.heads import HEADS
 from mim_core.losses import LOSSES
 from mim_core.masks import MASKS
-from mim_core.params import FILES, DataRow, DownstreamRow, Optim, PretrainRow, load
+from mim_core.optim import SCHEDULES
+from mim_core.params import FILES, DataRow, DownstreamRow, Optim, PretrainRow, TargetRow, load
 from mim_core.spec import OneOf, SpecError, check
 from mim_core.targets import TARGETS
+from mim_core.tokenizers import TOKENIZERS
 from mim_core.transforms import Augment
 
 ROWS = Path(__file__).parents[1] / "params"
@@ -36,7 +39,8 @@ def written(folder: Path, file: str = "data.yaml", path: str = "", value: Any = 
     """Write valid rows, but for one change, as a params folder."""
     files: dict[str, Any] = {
         "data.yaml": {"data": {"tiny": {"source": {"name": "scenes", "size_px": [32, 48]}}}},
-        "pretrain.yaml": {"pretrain": {"one": deepcopy(PRETRAIN)}},
+        "targets.yaml": {"targets": {"codes": deepcopy(TARGET), "colours": deepcopy(PALETTE)}},
+        "pretrain.yaml": {"pretrain_fitted": {"two": deepcopy(FITTED)}, "pretrain": {"one": deepcopy(PRETRAIN)}},
         "downstream.yaml": {"baselines": {"fresh": deepcopy(CLASSIFY)}, "downstream": {"tuned": deepcopy(TUNED)}},
     }
     if path:
@@ -79,7 +83,7 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("pretrain", "pretrain.one.optim.batch", 6.5, "optim.batch: found 6.5; must be a valid integer"),
     ("pretrain", "pretrain.one.optim.betas", [0.9, 1.0], "optim.betas.1: found 1.0; must be less than 1"),
     ("pretrain", "pretrain.one.mask.ratio", 1.4, "mask.ratio: found 1.4; must be less than 1"),
-    ("pretrain", "pretrain.one.mask", "randon", "mask.name: 'randon' is not one of ['random']; did you mean 'random'?"),
+    ("pretrain", "pretrain.one.mask", "randon", "mask.name: 'randon' is not one of *; did you mean 'random'?"),
     ("pretrain", "pretrain.one.mask.unit_px", 12, "mask.unit_px: found 12;* choose one of [4, 8, 16]"),
     ("pretrain", "pretrain.one.encoder.patch_px", 5, "encoder: image height: found 32 px;* try 30"),
     ("pretrain", "pretrain.one.encoder.heads", 5, "encoder: heads: found 5; it must divide the width 32"),
@@ -91,16 +95,48 @@ BAD: list[tuple[str, str, Any, str]] = [
         "tyni",
         "data: 'tyni' is not one of ['tiny']; did you mean 'tiny'? (new images *",
     ),
+    ("pretrain", "pretrain.one.optim.base_lr", 1.0e-4, "one.optim: found lr 0.001, base_lr 0.0001,* give either lr,*"),
+    ("pretrain", "pretrain.one.loss", "cross_entropy", "one.loss: found 'cross_entropy';* 'pixels' holds numbers;*"),
+    ("pretrain", "pretrain.one.loss", {"name": "l1", "scope": "ring"}, "one.loss.ring_px: found 0 with scope 'ring';*"),
+    ("pretrain", "pretrain.one.loss", {"name": "l1", "ring_px": 4}, "one.loss.ring_px: found 4 with scope 'hidden';*"),
+    ("pretrain", "pretrain.one.target", {"name": "pixels", "cell_px": 3}, "one.target: cell_px: found 3;*"),
+    (
+        "pretrain",
+        "pretrain.one.target",
+        "mean_colour",
+        "one.loss: found 'l1';* 'mean_colour' holds classes;*",
+    ),
+    ("pretrain", "pretrain.one.fill", "drop", "one.fill: 'drop' leaves patches out,* use transformer_decoder"),
+    ("pretrain", "pretrain.one.adversarial", {"sees": "hole"}, "one.adversarial.sees: the masks of 'random' move*"),
+    ("pretrain", "pretrain.one.target", FITTED["target"], "one.target: it is fitted first;* to 'pretrain_fitted'"),
+    ("pretrain", "pretrain_fitted.two.target", "mean_colour", "two.target: 'mean_colour' is not fitted;*"),
+    ("pretrain", "pretrain_fitted.two.target.fitted", "cods", "fitted: 'cods' is not one of *; did you mean 'codes'?"),
+    ("pretrain", "pretrain_fitted.one", FITTED, "pretrain.one: 'pretrain_fitted' has a row of this name too;*"),
+    ("targets", "targets.codes.optim", DELETED, "codes.optim: missing; a tokenizer that is trained needs it"),
+    ("targets", "targets.colours.optim", OPTIM, "colours.optim: found one; 'palette' is not trained; delete this key"),
+    ("targets", "targets.codes.tokenizer.layers", 5, "codes.tokenizer: images are [32, 48] px;* stride 32"),
+    ("targets", "targets.codes.least_perplexity", 99, "codes.least_perplexity: found 99;* 16 codes"),
+    ("targets", "targets.codes.temperature", {"start": 1.0, "end": 0.0}, "codes.temperature: found 1.0 to 0.0;*"),
     ("pretrain", "pretrain.one.seed", -1, "seed: found -1; must be greater than or equal to 0"),
     ("pretrain", "pretrain.one.augment", {"scale": [1.0, 0.5]}, "augment.scale: found [1.0, 0.5];* swap them"),
     ("pretrain", "pretrain.one", None, "pretrain.one: found None; it must map keys to values"),
     ("pretrain", "pretrain.One", PRETRAIN, "pretrain.One: a row's name may hold lower-case letters,*; rename it"),
     ("pretrain", "pretrain.a b", PRETRAIN, "pretrain.a b: a row's name may hold lower-case letters,*; rename it"),
     ("pretrain", "pretrain", [1], "pretrain: found [1]; it must map row names to rows"),
-    ("pretrain", "pretrian", {}, "found ['pretrain', 'pretrian'] at the top; it must hold exactly ['pretrain']"),
+    (
+        "pretrain",
+        "pretrian",
+        {},
+        "found ['pretrain', 'pretrain_fitted', 'pretrian'] at the top; it must hold exactly *",
+    ),
     ("data", "data.tiny.source", "scense", "source.name: 'scense' is not one of *; did you mean 'scenes'?"),
     ("data", "data.tiny.source.size_px", [32, 0], "source.size_px.1: found 0; must be greater than 0"),
-    ("downstream", "downstream.tuned.init", "oen", "tuned.init: 'oen' is not one of ['one']; did you mean 'one'?"),
+    (
+        "downstream",
+        "downstream.tuned.init",
+        "oen",
+        "tuned.init: 'oen' is not one of *; did you mean 'one'?",
+    ),
     ("downstream", "downstream.tuned.init", "scratch", "tuned.init: found 'scratch'; move the row to 'baselines'"),
     ("downstream", "downstream.tuned.encoder", CLASSIFY["encoder"], "tuned.encoder: found one beside init;*"),
     ("downstream", "downstream.tuned.task", "clasify", "tuned.task: found 'clasify'; must be 'classify'"),
@@ -151,8 +187,11 @@ def test_faults_of_several_files_come_at_once(tmp_path: Path) -> None:
     [
         ("pretrain: {one: [", "params/pretrain.yaml: not valid YAML: "),
         ("pretrain:\n  one: {data: tiny}\n  one: {data: tiny}\n", "the key 'one' stands twice; rename or delete one"),
-        ("- 1\n- 2\n", "params/pretrain.yaml: found [1, 2] at the top; it must hold exactly ['pretrain']"),
-        ("", "params/pretrain.yaml: found None at the top; it must hold exactly ['pretrain']"),
+        (
+            "- 1\n- 2\n",
+            "params/pretrain.yaml: found [1, 2] at the top; it must hold exactly ['pretrain_fitted', ",
+        ),
+        ("", "params/pretrain.yaml: found None at the top; it must hold exactly ['pretrain_fitted', 'pretrain']"),
         (None, "params/pretrain.yaml: the file is missing; restore it with `git checkout params/pretrain.yaml`"),
     ],
 )
@@ -170,7 +209,7 @@ def test_rows_may_share_with_yaml_anchors(tmp_path: Path) -> None:
     folder = written(tmp_path)
     shared = yaml.safe_dump(PRETRAIN["optim"], default_flow_style=True).strip()
     row = {key: value for key, value in PRETRAIN.items() if key != "optim"}
-    text = yaml.safe_dump({"pretrain": {"one": row}}, sort_keys=False)
+    text = yaml.safe_dump({"pretrain_fitted": {}, "pretrain": {"one": row}}, sort_keys=False)
     text += f"    optim: &optim {shared}\n  two:\n    optim: {{<<: *optim, epochs: 7}}\n"
     text += "".join(f"    {line}\n" for line in yaml.safe_dump(row, sort_keys=False).splitlines())
     (folder / "pretrain.yaml").write_text(text)
@@ -237,8 +276,8 @@ def test_no_param_has_a_name_that_dvc_leaves_out_of_its_run_cache() -> None:
         return set(value) | {key for one in value.values() for key in keys(one)} if isinstance(value, dict) else set()
 
     used = keys(REPOSITORY.model_dump(mode="json"))
-    for table in (SOURCES, ENCODERS, MASKS, FILLS, HEADS, TARGETS, LOSSES):
+    for table in (SOURCES, ENCODERS, MASKS, FILLS, HEADS, TARGETS, LOSSES, TOKENIZERS, SCHEDULES):
         used |= {field for model in OneOf(table).models.values() for field in model.model_fields}
-    for row in (DataRow, PretrainRow, DownstreamRow, Optim, Augment):
+    for row in (DataRow, TargetRow, PretrainRow, DownstreamRow, Optim, Adversarial, Augment):
         used |= set(row.model_fields)
     assert not used & {"size", "nfiles"}

@@ -25,7 +25,7 @@ class Listed:
         self.weight = nn.Parameter(torch.ones(()))
         self.events = events
 
-    def losses(self, batch: list[float]) -> Iterator[tuple[str, Tensor]]:
+    def losses(self, batch: list[float], step: int) -> Iterator[tuple[str, Tensor]]:
         self.events.append(("losses", batch[0], torch.rand(()).item()))
         yield "model", self.weight * 0 + torch.tensor(batch).mean()
 
@@ -125,7 +125,7 @@ class Game:
         self.seen: list[float] = []
         self.gradients: list[Any] = []
 
-    def losses(self, batch: Any) -> Iterator[tuple[str, Tensor]]:
+    def losses(self, batch: Any, step: int) -> Iterator[tuple[str, Tensor]]:
         self.gradients += [self.first.grad, self.second.grad]
         yield "model", self.first * 2
         self.seen.append(self.first.item())

@@ -1,32 +1,49 @@
-"""Vision transformer behind the encoder contract: timm's blocks, entered between patch embedding and positions.
+"""Vision transformers.
 
-Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; the module inside is timm's `VisionTransformer`,
-so its weights load there under timm's own names.
+Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, and the form with relative positions of Bao et al.,
+"BEiT", ICLR 2022, section 2.3. The module inside is timm's `VisionTransformer` or `Beit`, so weights load there under
+timm's own names, which are the published ones.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim_core.masks import Grid
+from mim_core.grid import Grid
+from mim_core.positions import sincos
 
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Positions = Literal["learned", "sincos", "relative", "relative_per_block"]
 
 
 class ViT(nn.Module):
-    """Plain ViT: absolute positions, class token, pre-norm blocks, final LayerNorm.
+    """Plain ViT: class token, pre-norm blocks, final LayerNorm.
 
-    `positions`: learned from noise, or the fixed sines and cosines of MAE, which spare a short run the steps in which
-    it would find out which patches are neighbours.
+    `positions`: "learned" from noise; "sincos", the fixed sines and cosines of MAE, which spare a short run the steps
+    in which it would find out which patches are neighbours; "relative", a learned bias of attention for each offset
+    between patches, in one table for all blocks, and no absolute positions (BEiT; SimMIM's ViT); "relative_per_block",
+    the same with a table in each block (what their published fine-tuning uses). The relative forms have no bias of
+    keys, and start as published: see `_init_relative`.
+    `layer_scale`: initial factor of each residual branch (LayerScale; BEiT: 0.1 in base, 1e-5 in large models), or None
+    for no such factors.
+    `init`: "timm" leaves a plain form as timm makes it; "xavier" is MAE's, for sincos positions.
+    `drop_path`: share of samples that skip a residual branch, in the last block; in the first it is 0.
     """
+
+    drops = True
+    decays_token = True
+    """Whether weight decay holds for a mask token in front of it, as in the published pretraining."""
 
     def __init__(
         self,
@@ -38,27 +55,48 @@ class ViT(nn.Module):
         depth: Count = 12,
         heads: Count = 12,
         mlp_ratio: Annotated[float, Field(gt=0)] = 4.0,
-        positions: Literal["learned", "sincos"] = "learned",
+        positions: Positions = "learned",
+        layer_scale: Annotated[float, Field(gt=0)] | None = None,
+        init: Literal["timm", "xavier"] = "timm",
         drop_path: Share = 0.0,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"heads: found {heads}; it must divide the width {width}")
-        self.grid = Grid(*size, patch_px)
-        self.width = width
+        if init == "xavier" and positions != "sincos":
+            raise ValueError(
+                f"init: found xavier with positions {positions}; it belongs to sincos; set positions to sincos, or "
+                "leave init out"
+            )
+        self.grid = self.output = Grid(*size, patch_px)
+        self.width = self.embed_width = width
         self.depth = depth
-        self.backbone = VisionTransformer(
-            img_size=size,
-            patch_size=patch_px,
-            in_chans=channels,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
-            mlp_ratio=mlp_ratio,
-            drop_path_rate=drop_path,
-            num_classes=0,
-            global_pool="token",
-        )
+        self.positions = positions
+        # timm's blocks add their own table over all patches, whatever tokens they get.
+        self.drops = positions != "relative_per_block"
+        common: dict[str, Any] = {
+            "img_size": size,
+            "patch_size": patch_px,
+            "in_chans": channels,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "init_values": layer_scale,
+            "drop_path_rate": drop_path,
+            "num_classes": 0,
+            "global_pool": "token",
+        }
+        if positions in ("relative", "relative_per_block"):
+            shared = positions == "relative"
+            self.backbone = Beit(
+                **common, use_abs_pos_emb=False, use_shared_rel_pos_bias=shared, use_rel_pos_bias=not shared
+            )
+            _init_relative(self.backbone)
+        else:
+            self.backbone = VisionTransformer(**common)
+        if init == "xavier":
+            _init_xavier(self.backbone)
         if positions == "sincos":
             table = np.concatenate([np.zeros((1, width)), sincos(self.grid, width)])
             self.backbone.pos_embed.requires_grad_(False).copy_(torch.from_numpy(table)[None])
@@ -68,21 +106,32 @@ class ViT(nn.Module):
         out: Tensor = self.backbone.patch_embed(images)
         return out
 
-    def forward(self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
-        """Add positions and run the blocks.
+    def encode(
+        self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None = None
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b 1 d"]]:
+        """Add positions and run the blocks; gives the patches' features and the class token's.
 
-        `kept`: each token's patch index where a fill dropped some, else None. The class token is not in the result.
+        `kept`: each token's patch index where a fill dropped some, else None. Raises ValueError for kept tokens where
+        positions are relative_per_block.
         """
-        vit = self.backbone
-        prefix, positions = vit.pos_embed[:, :1], vit.pos_embed[:, 1:]
-        if kept is not None:
-            positions = positions.expand(len(tokens), -1, -1).gather(1, kept[..., None].expand(-1, -1, self.width))
-        first = (vit.cls_token + prefix).expand(len(tokens), -1, -1).to(tokens.dtype)
-        out = torch.cat([first, tokens + positions], dim=1)  # [b, 1 + n, d]
+        vit, bias = self.backbone, self._bias(kept)
+        if vit.pos_embed is None:
+            out = torch.cat([vit.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [b, 1 + n, d]
+        else:
+            prefix, positions = vit.pos_embed[:, :1], vit.pos_embed[:, 1:]
+            if kept is not None:
+                positions = positions.expand(len(tokens), -1, -1).gather(1, kept[..., None].expand(-1, -1, self.width))
+            first = (vit.cls_token + prefix).expand(len(tokens), -1, -1).to(tokens.dtype)
+            out = torch.cat([first, tokens + positions], dim=1)
         for block in vit.blocks:
-            out = block(out)
-        features: Tensor = vit.norm(out)
-        return features[:, 1:]
+            # In both of timm's blocks the second argument is added to the scores of attention.
+            out = block(out, bias)
+        out = vit.norm(out)
+        return out[:, 1:], out[:, :1]
+
+    def forward(self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        """Give the patches' features alone; see `encode`."""
+        return self.encode(tokens, kept)[0]
 
     def pyramid(self, images: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b d h w"]]:
         """Give the feature maps for dense tasks; a plain ViT has one, at the patch's stride."""
@@ -90,29 +139,68 @@ class ViT(nn.Module):
         return [features.transpose(1, 2).reshape(len(images), self.width, *self.grid.shape)]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the papers' code never decays, beside vectors and biases."""
-        return {"backbone.pos_embed", "backbone.cls_token"}
+        """Names of parameters that the papers' code never decays, beside vectors and biases.
+
+        Tables of relative bias are decayed: so it is in BEiT's and SimMIM's code for ViTs.
+        """
+        relative = self.backbone.pos_embed is None
+        return {"backbone.cls_token"} | (set() if relative else {"backbone.pos_embed"})
 
     def layer(self, name: str) -> int:
-        """Give a parameter's layer for layer-wise decay: 0 for embeddings, block i is i + 1, the rest the last."""
+        """Give a parameter's layer for layer-wise decay: 0 for embeddings, block i is i + 1, the rest the last.
+
+        A table of relative bias that all blocks share is of the rest.
+        """
         name = name.removeprefix("backbone.")
         if name.startswith(("patch_embed.", "pos_embed", "cls_token")):
             return 0
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.depth + 1
 
+    def _bias(self, kept: Int[Tensor, "b n"] | None) -> Tensor | None:
+        """Give the shared bias of each pair of tokens: [heads, t, t], or [b, heads, t, t] of kept tokens; t = 1 + n."""
+        if kept is not None and not self.drops:
+            raise ValueError(
+                "positions: found relative_per_block, and a fill that drops tokens; the blocks' tables need all "
+                "patches; set positions to relative, or choose a fill that keeps all tokens"
+            )
+        if self.positions != "relative":
+            return None
+        shared = self.backbone.rel_pos_bias
+        if kept is None:
+            bias: Tensor = shared()
+            return bias
+        rows = F.pad(kept + 1, (1, 0))  # the class token is 0 and always there
+        index = shared.relative_position_index[rows[:, :, None], rows[:, None, :]]
+        bias = shared.relative_position_bias_table[index]
+        return bias.permute(0, 3, 1, 2).contiguous()
 
-def sincos(grid: Grid, width: int) -> Float[np.ndarray, "n d"]:
-    """Fixed 2-D sine and cosine positions (MAE, appendix A.1): half the width for columns, then half for rows.
 
-    Each half holds the sines of its coordinate at width / 4 frequencies from 1 down to 1 / 10000, then the cosines.
-    Raises ValueError where 4 does not divide the width.
+@torch.no_grad()
+def _init_relative(vit: Beit) -> None:
+    """Start as BEiT (section 2.3) and SimMIM's ViT do in their code.
+
+    Weights and class token from a normal of deviation 0.02 cut at one deviation, biases and tables of relative bias 0;
+    then the last layer of both residual branches of block l, counted from 1, divided by sqrt(2 l).
     """
-    if width % 4:
-        raise ValueError(f"width: found {width}; sincos positions need a multiple of 4; try {width // 4 * 4 + 4}")
-    frequencies = 1 / 10000 ** (np.arange(width // 4) / (width / 4))
-    rows, columns = np.mgrid[: grid.shape[0], : grid.shape[1]]
-    halves = []
-    for coordinate in (columns, rows):
-        angles = coordinate.reshape(-1, 1) * frequencies
-        halves += [np.sin(angles), np.cos(angles)]
-    return np.concatenate(halves, axis=1)
+    for name, parameter in vit.named_parameters():
+        if name == "cls_token" or (parameter.ndim > 1 and name.endswith(".weight")):
+            nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
+        elif name.endswith(("bias", "relative_position_bias_table")):
+            nn.init.zeros_(parameter)
+    for index, block in enumerate(vit.blocks, 1):
+        for layer in (block.attn.proj, block.mlp.fc2):
+            layer.weight.div_(math.sqrt(2 * index))
+
+
+@torch.no_grad()
+def _init_xavier(vit: VisionTransformer) -> None:
+    """Start as MAE does in its code: linear layers, and the patch embedding taken as one, Xavier-uniform; biases 0.
+
+    The class token is from a normal of deviation 0.02. The patch embedding's bias stays as torch makes it.
+    """
+    for name, parameter in vit.named_parameters():
+        if parameter.ndim > 1 and name.endswith(".weight"):
+            nn.init.xavier_uniform_(parameter.flatten(1))
+        elif name.endswith(".bias") and not name.startswith("patch_embed."):
+            nn.init.zeros_(parameter)
+    nn.init.normal_(vit.cls_token, std=0.02)

@@ -78,7 +78,7 @@ class Classification(nn.Module):
         super().__init__()
         self.model, self.pack, self.compute, self.smoothing = model, pack, compute, smoothing
 
-    def losses(self, batch: Labelled) -> Iterator[tuple[str, Tensor]]:
+    def losses(self, batch: Labelled, step: int) -> Iterator[tuple[str, Tensor]]:
         with self.compute.autocast():
             logits = self.model(normalise(batch.images.to(self.compute.device), self.pack.mean, self.pack.std))
         yield "model", F.cross_entropy(logits.float(), batch.labels.to(logits.device), label_smoothing=self.smoothing)

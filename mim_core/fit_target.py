@@ -1,0 +1,242 @@
+"""Fitting a tokenizer: a discrete variational autoencoder under the Gumbel-softmax relaxation, and how good it is.
+
+Source: Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021, section 2.1 and appendix A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+
+from mim_core.data.order import Address
+from mim_core.data.pack import Pack, Split, batched
+from mim_core.devices import Compute
+from mim_core.gallery import INK, PAPER, to_image
+from mim_core.masks import generator
+from mim_core.spec import Strict
+from mim_core.tokenizers.dalle import DiscreteVAE
+from mim_core.transforms import Augment
+
+
+class Anneal(Strict):
+    """A number that goes from `start` to `end` along half a cosine over a share `over` of the run, and stays there."""
+
+    start: Annotated[float, Field(ge=0)]
+    end: Annotated[float, Field(ge=0)]
+    over: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def value(self, step: int, total: int) -> float:
+        """Give the number at a step of `total`."""
+        done = min(1.0, step / (self.over * total))
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _above_zero(anneal: Anneal) -> Anneal:
+    if min(anneal.start, anneal.end) <= 0:
+        raise ValueError(f"found {anneal.start} to {anneal.end}; a temperature lies above 0; end at 0.0625, say")
+    return anneal
+
+
+Temperature = Annotated[Anneal, AfterValidator(_above_zero)]
+"""An `Anneal` that stays above 0."""
+
+
+def token_grid(tokenizer: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Tokens down and across an image of `size` px; raises ValueError where they do not fill it."""
+    if any(side % tokenizer.stride for side in size):
+        raise ValueError(
+            f"stride: found {tokenizer.stride} px a token; it must divide the images' {size[0]} x {size[1]} px; choose "
+            "a tokenizer of another stride (`layers` of dvae_small), or another size_px for the data"
+        )
+    return size[0] // tokenizer.stride, size[1] // tokenizer.stride
+
+
+@dataclass(frozen=True)
+class ImageFetch:
+    """Make a batch of uint8 images [b, c, H, W]; picklable, so that loader workers can have it."""
+
+    split: Split
+    augment: Augment | None
+    seed: int
+
+    def __call__(self, addresses: Sequence[Address]) -> UInt8[Tensor, "b c H W"]:
+        images = []
+        for epoch, index in addresses:
+            image = self.split.tensor(index)
+            if self.augment:
+                image = self.augment(image, generator(self.seed, epoch, index, stream=1))
+            images.append(image)
+        return torch.stack(images)
+
+
+def kl_to_uniform(logits: Float[Tensor, "b k h w"]) -> Float[Tensor, "b h w"]:
+    """Divergence of each token's distribution over codes from the uniform one, in nats: from 0 to log k."""
+    log_share = logits.float().log_softmax(1)
+    return (log_share.exp() * log_share).sum(1) + math.log(logits.shape[1])
+
+
+class TokenizerFit(nn.Module):
+    """The objective: reconstruction from relaxed codes, and the codes' divergence from a uniform prior.
+
+    As in appendix A.2, both terms are sums over an image, divided by its number of values v = c * H * W:
+    loss = (sum of errors + kl_weight * sum over tokens of KL(q || uniform)) / v, a mean over images. A `kl_weight` is
+    so the paper's beta: as a token stands for stride ** 2 * c values, the mean divergence of a token weighs
+    kl_weight / (stride ** 2 * c), beta / 192 at the paper's 8 px and 3 channels. Units: nats a value (`laplace`).
+
+    Temperature and weight follow from the step alone, out of `steps`. The relaxation's noise comes from torch's global
+    generator, which the training loop seeds by step.
+    """
+
+    def __init__(
+        self, model: DiscreteVAE, pack: Pack, compute: Compute, steps: int, temperature: Anneal, kl_weight: Anneal
+    ) -> None:
+        super().__init__()
+        token_grid(model, pack.size)
+        self.model, self.compute = model, compute
+        self.steps = steps
+        self.temperature, self.kl_weight = _above_zero(temperature), kl_weight
+
+    def losses(self, batch: UInt8[Tensor, "b c H W"], step: int) -> Iterator[tuple[str, Tensor]]:
+        images = self._images(batch)
+        with self.compute.autocast():
+            logits = self.model.logits(images)
+            soft = F.gumbel_softmax(logits.float(), self.temperature.value(step, self.steps), dim=1)
+            maps = self.model.reconstruct(soft)
+        reconstruction, kl = self.terms(images, logits, maps)
+        yield "model", reconstruction + self.kl_weight.value(step, self.steps) * kl
+
+    def terms(
+        self,
+        images: Float[Tensor, "b c H W"],
+        logits: Float[Tensor, "b k h w"],
+        maps: Float[Tensor, "b maps H W"],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Give the loss's two terms, both sums divided by the number of the images' values, before weighting."""
+        return self.model.errors(maps, images).mean(), kl_to_uniform(logits).sum() / images.numel()
+
+    @torch.no_grad()
+    def evaluate(self, split: Split, batch: int = 64) -> dict[str, float]:
+        """Score the tokenizer as a target will use it: in fp32, by arg-max codes.
+
+        `psnr` in dB over the images in [0, 1], `codes_used` the share of codes that occur, `perplexity` the exponential
+        of the entropy of the codes' histogram (from 1 to `codes`), `kl` nats a token, `reconstruction` the loss's first
+        term.
+        """
+        self.model.eval()
+        tally = Tally(self.model.codes)
+        sums = np.zeros(2)
+        for indices in batched(range(len(split)), batch):
+            images = self._images(torch.from_numpy(split.images[indices]))
+            logits = self.model.logits(images)
+            tokens = logits.argmax(1)
+            maps = self.model.draw(self.model.look_up(tokens))
+            tally.add(tokens, self.model.pictures(maps), images)
+            errors, divergence = self.model.errors(maps, images), kl_to_uniform(logits)
+            sums += len(images) * np.array([errors.mean().item(), divergence.mean().item()])
+        self.model.train()
+        reconstruction, kl = (sums / len(split)).tolist()
+        return {**tally.scores(), "kl": kl, "reconstruction": reconstruction}
+
+    def _images(self, images: UInt8[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+        return images.to(self.compute.device).float() / 255
+
+
+class Tally:
+    """What images of any tokenizer add up to: how near the pictures of their tokens come, and which codes occur."""
+
+    def __init__(self, codes: int) -> None:
+        self.counts = np.zeros(codes, np.int64)
+        self.error, self.values = 0.0, 0
+
+    def add(
+        self, tokens: Int[Tensor, "b h w"], pictures: Float[Tensor, "b c H W"], images: Float[Tensor, "b c H W"]
+    ) -> None:
+        self.counts += np.bincount(tokens.flatten().cpu().numpy(), minlength=len(self.counts))
+        self.error += ((pictures - images) ** 2).sum().item()
+        self.values += images.numel()
+
+    def scores(self) -> dict[str, float]:
+        """Give psnr, codes_used and perplexity; see `TokenizerFit.evaluate`."""
+        shares = self.counts[self.counts > 0] / self.counts.sum()
+        return {
+            "psnr": -10 * math.log10(self.error / self.values) if self.error else math.inf,
+            "codes_used": len(shares) / len(self.counts),
+            "perplexity": math.exp(-(shares * np.log(shares)).sum()),
+        }
+
+
+def score(tokenizer: Any, split: Split, compute: Compute, batch: int = 64) -> dict[str, float]:
+    """Score any tokenizer, a palette too, by psnr, codes_used and perplexity over a split's images."""
+    tally = Tally(tokenizer.codes)
+    for indices in batched(range(len(split)), batch):
+        images = torch.from_numpy(split.images[indices]).to(compute.device).float() / 255
+        tokens = tokenizer.tokens(images)
+        tally.add(tokens, tokenizer.decode(tokens), images)
+    return tally.scores()
+
+
+def collapse(scores: Mapping[str, float], least_perplexity: float) -> str | None:
+    """Say that the codebook has collapsed, and what to do, where too few codes do the work; None where all is well.
+
+    Masked tokens of such a tokenizer are easy to guess and teach an encoder little.
+    """
+    # A perplexity that is not a number is no success either.
+    if scores["perplexity"] >= least_perplexity:
+        return None
+    return (
+        f"perplexity: found {scores['perplexity']:.1f}, with {scores['codes_used']:.1%} of the codes used on "
+        f"validation images; below least_perplexity {least_perplexity:g} the codebook has collapsed; raise kl_weight, "
+        "anneal temperature over a longer share of the run, lower codes or optim.lr, or raise optim.epochs"
+    )
+
+
+COLUMNS = ("input", "reconstruction")
+
+
+def picture(
+    images: Float[Tensor, "b c H W"],
+    reconstructions: Float[Tensor, "b c H W"],
+    caption: str,
+    note: str = "",
+    tile: int = 112,
+    across: int = 4,
+) -> Image.Image:
+    """Lay out images in [0, 1] beside their reconstructions, `across` pairs a row, with each one's PSNR.
+
+    `note` stands at the foot. Tiles are about `tile` px wide, whole multiples of small images.
+    """
+    height, width = images.shape[-2:]
+    scale = max(1, round(tile / width))
+    cell_h, cell_w = height * scale, width * scale
+    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
+    gap, head, foot, label = 4, 34, 26 if note else 8, 20
+    group, across = 2 * (cell_w + gap), min(across, len(images))
+    rows = -(-len(images) // across)
+    breadth = max(across * (group + 16) + 8, 20 + round(font.getlength(caption)), 20 + round(small.getlength(note)))
+    sheet = Image.new("RGB", (breadth, head + 20 + rows * (cell_h + label) + foot), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((10, 8), caption, INK, font)
+    for index, pair in enumerate(zip(images, reconstructions, strict=True)):
+        row, side = divmod(index, across)
+        left, top = 10 + side * (group + 16), head + 20 + row * (cell_h + label)
+        for column, one in enumerate(pair):
+            at = left + column * (cell_w + gap)
+            if row == 0:
+                pen.text((at, head), COLUMNS[column], INK, small)
+            sheet.paste(to_image(one).resize((cell_w, cell_h), Image.Resampling.NEAREST), (at, top))
+        error = ((pair[0] - pair[1]) ** 2).mean().item()
+        psnr = -10 * math.log10(error) if error else math.inf
+        pen.text((left, top + cell_h + 2), f"PSNR {psnr:.1f} dB", INK, small)
+    if note:
+        pen.text((10, sheet.height - 20), note, INK, small)
+    return sheet

@@ -1,0 +1,4 @@
+from mim_core.jobs import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Read the files of `params/`, and report every fault of every row at once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mim_core.params.relations import relations
+from mim_core.params.rows import DataRow, DownstreamRow, PretrainRow, TargetRow
+from mim_core.spec import SpecError, Strict, check
+
+
+class Params(Strict):
+    """All rows, by section and name."""
+
+    data: dict[str, DataRow]
+    targets: dict[str, TargetRow]
+    pretrain_fitted: dict[str, PretrainRow]
+    pretrain: dict[str, PretrainRow]
+    baselines: dict[str, DownstreamRow]
+    downstream: dict[str, DownstreamRow]
+
+    def judged(self) -> dict[str, DownstreamRow]:
+        """Baselines and downstream rows together."""
+        return {**self.baselines, **self.downstream}
+
+    def pretrained(self) -> dict[str, PretrainRow]:
+        """All pretraining rows together."""
+        return {**self.pretrain_fitted, **self.pretrain}
+
+
+Sections = tuple[str, ...]
+FILES: dict[str, Sections] = {
+    "data.yaml": ("data",),
+    "targets.yaml": ("targets",),
+    # DVC has no optional dependency, so rows whose target is fitted first have a section, and a stage, of their own.
+    "pretrain.yaml": ("pretrain_fitted", "pretrain"),
+    "downstream.yaml": ("baselines", "downstream"),
+}
+RECIPES: dict[str, Sections] = {"recipes.yaml": ("data", "targets", "pretrain_fitted", "pretrain")}
+ROW_NAME = "abcdefghijklmnopqrstuvwxyz0123456789_-"
+MODELS: dict[str, type[Strict]] = {
+    "data": DataRow,
+    "targets": TargetRow,
+    "pretrain_fitted": PretrainRow,
+    "pretrain": PretrainRow,
+    "downstream": DownstreamRow,
+    "baselines": DownstreamRow,
+}
+
+
+def load(folder: Path) -> Params:
+    """Read and check all rows that the pipeline runs; raises SpecError."""
+    return _load(folder, FILES)
+
+
+def load_recipes(folder: Path) -> Params:
+    """Read and check the papers' full-size recipes, which are rows too; raises SpecError."""
+    return _load(folder, RECIPES)
+
+
+def _load(folder: Path, files: Mapping[str, Sections]) -> Params:
+    faults: list[str] = []
+    rows: dict[str, dict[str, Any]] = {section: {} for section in MODELS}
+    places: dict[str, str] = {}
+    for name, sections in files.items():
+        content = _read(folder / name, sections, faults)
+        for section in sections:
+            places[section] = f"{folder.name}/{name}: {section}"
+            for key, value in content[section].items():
+                where = f"{places[section]}.{key}"
+                if not isinstance(key, str) or not key or set(key) - set(ROW_NAME):
+                    faults.append(
+                        f"{where}: a row's name may hold lower-case letters, digits, '_' and '-' only; rename it"
+                    )
+                    continue
+                try:
+                    rows[section][key] = check(MODELS[section], value, where)
+                except SpecError as error:
+                    faults.append(str(error))
+    if not faults:
+        params = Params(**rows)
+        faults = relations(params, places)
+        if not faults:
+            return params
+    raise SpecError("\n".join(faults))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the first of two rows of one name would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    problem = f"the key '{key.value}' stands twice; rename or delete one"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path, sections: Sections, faults: list[str]) -> dict[str, dict[str, Any]]:
+    where = f"{path.parent.name}/{path.name}"
+    empty: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    try:
+        content = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        faults.append(f"{where}: the file is missing; restore it with `git checkout {where}`")
+        return empty
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        faults.append(f"{where}: not valid YAML: {' '.join(str(error).split())}")
+        return empty
+    if not isinstance(content, dict) or set(content) != set(sections):
+        found = sorted(map(str, content)) if isinstance(content, dict) else content
+        faults.append(f"{where}: found {found!r} at the top; it must hold exactly {list(sections)}")
+        return empty
+    for section in sections:
+        if not isinstance(content[section], dict):
+            faults.append(f"{where}: {section}: found {content[section]!r}; it must map row names to rows")
+            return empty
+    return content

@@ -1,0 +1,164 @@
+"""What a row of each file may hold."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mim_core.adversarial import Adversarial
+from mim_core.data.sources import SOURCES
+from mim_core.devices import Precision
+from mim_core.encoders import ENCODERS
+from mim_core.fills import FILLS
+from mim_core.fit_target import Anneal, Temperature
+from mim_core.heads import HEADS
+from mim_core.losses import LOSSES
+from mim_core.masks import MASKS
+from mim_core.optim import SCHEDULES
+from mim_core.spec import OneOf, Piece, Strict, pair
+from mim_core.targets import TARGETS
+from mim_core.tokenizers import TOKENIZERS
+from mim_core.transforms import Augment
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Whole = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class FineTune(Strict):
+    """AdamW under warm-up and a schedule; the rate comes from a grid."""
+
+    batch: Whole
+    epochs: Positive
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_from: Share = 0.0
+    """The first learning rate as a share of the peak."""
+    schedule: Annotated[Piece, OneOf(SCHEDULES), Field(validate_default=True)] = "cosine"  # type: ignore[assignment]
+    floor: Share = 0.0
+    """The last learning rate as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: Annotated[tuple[Share, Share], BeforeValidator(pair)] = (0.9, 0.999)
+    clip: Positive | None = None
+    """Largest gradient norm."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    def steps(self, images: int) -> tuple[int, int]:
+        """Steps in all and of warm-up, for a training set of `images`."""
+        epoch = max(1, images // self.batch)
+        return max(1, round(self.epochs * epoch)), round(self.warmup_epochs * epoch)
+
+
+class Optim(FineTune):
+    """AdamW at one rate: `lr` is that of the step; `base_lr` is the papers' rate for `base_batch` images a step."""
+
+    lr: Positive | None = None
+    base_lr: Positive | None = None
+    base_batch: Whole | None = None
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Optim:
+        if (self.lr is None) == (self.base_lr is None) or (self.base_lr is None) != (self.base_batch is None):
+            raise ValueError(
+                f"found lr {self.lr}, base_lr {self.base_lr}, base_batch {self.base_batch}; "
+                "give either lr, or base_lr with base_batch"
+            )
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate of a step: base_lr * batch / base_batch where the row gives those."""
+        if self.base_lr is not None and self.base_batch is not None:
+            return self.base_lr * self.batch / self.base_batch
+        assert self.lr is not None, "held by the validator"
+        return self.lr
+
+
+class EncoderOf(Strict):
+    """The encoder that a file of weights names in its header."""
+
+    encoder: Annotated[Piece, OneOf(ENCODERS)]
+
+
+class TokenizerOf(Strict):
+    """The tokenizer that a file of weights names in its header."""
+
+    tokenizer: Annotated[Piece, OneOf(TOKENIZERS)]
+
+
+class DataRow(Strict):
+    """A dataset: the folder `data/<name>/` read by a source."""
+
+    source: Annotated[Piece, OneOf(SOURCES)]
+
+
+class TargetRow(Strict):
+    """A tokenizer that is fitted to a dataset before a method can predict its tokens.
+
+    A palette is found by k-means and takes none of what follows `seed`; a discrete VAE is trained, under a
+    Gumbel-softmax `temperature` and with `kl_weight` on the divergence from even use of the codes.
+    """
+
+    data: str
+    tokenizer: Annotated[Piece, OneOf(TOKENIZERS)]
+    least_perplexity: Annotated[float, Field(ge=1)] = 2.0
+    """Codes in effective use on validation images, below which the codebook counts as collapsed and work stops."""
+    seed: Seed = 0
+    optim: Optim | None = None
+    temperature: Temperature = Anneal(start=1.0, end=1 / 16, over=0.5)
+    kl_weight: Anneal = Anneal(start=0.0, end=0.0)
+    augment: Augment | None = None
+    precision: Precision = "auto"
+    checkpoint_minutes: Positive = 1.0
+
+
+class PretrainRow(Strict):
+    """A method on a dataset: mask x fill x encoder x head x target x loss, and how long and how fast it learns."""
+
+    data: str
+    encoder: Annotated[Piece, OneOf(ENCODERS)]
+    mask: Annotated[Piece, OneOf(MASKS)]
+    fill: Annotated[Piece, OneOf(FILLS)]
+    head: Annotated[Piece, OneOf(HEADS)]
+    target: Annotated[Piece, OneOf(TARGETS)]
+    loss: Annotated[
+        Piece,
+        OneOf(
+            LOSSES,
+            scope=(Literal["hidden", "ring", "all"], "hidden"),
+            ring_px=(Annotated[int, Field(ge=0)], 0),
+            visible_weight=(Positive, 1.0),
+        ),
+    ]
+    adversarial: Adversarial | None = None
+    augment: Augment | None = None
+    optim: Optim
+    seed: Seed = 0
+    precision: Precision = "auto"
+    checkpoint_minutes: Positive = 1.0
+
+    @property
+    def fitted(self) -> str | None:
+        """The row of targets.yaml that the target is fitted by, or None."""
+        return self.target.params().get("fitted")
+
+
+class DownstreamRow(Strict):
+    """A task that judges an encoder: `init` is a pretrain row, or `scratch` with the `encoder` to start afresh."""
+
+    task: Literal["classify"]
+    data: str
+    init: str
+    encoder: Annotated[Piece, OneOf(ENCODERS)] | None = None
+    labels: Whole | None = None
+    """Labelled training images; all of them where it is left out."""
+    lr_grid: Annotated[list[Positive], Field(min_length=1)]
+    """Learning rates to choose from, on validation images, with the first seed."""
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    augment: Augment | None = None
+    smoothing: Share = 0.0
+    drop_path: Share = 0.0
+    optim: FineTune
+    precision: Precision = "auto"
+    checkpoint_minutes: Positive = 1.0
