@@ -10,8 +10,9 @@ export UV_LINK_MODE ?= copy
 demo: $(VENV)/installed
 	@unmask demo
 
+# Two processes of one thread each: threads of two that train at once would wait for one another.
 test: $(VENV)/installed check
-	@python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: $(VENV)/installed
 	@python -m pytest -m slow

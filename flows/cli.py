@@ -44,6 +44,25 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--no-open", action="store_true", help="print the addresses only")
     add("check", _check, "check every row of params/")
     add("report", _report, "build the report of all published results")
+    recipe = add(
+        "recipe", _recipe, "list the papers' full-size recipes, or print one as a row for params/pretrain.yaml"
+    )
+    recipe.add_argument("name", nargs="?", metavar="NAME")
+    recipe.add_argument("--data", metavar="DATASET", help="the dataset to put into the row")
+    bring = add("import", _import, "turn published weights into those of a run: an encoder, a model or a tokenizer")
+    bring.add_argument("file", type=Path, metavar="FILE", help="safetensors, or what torch.save wrote")
+    bring.add_argument("-o", "--out", type=Path, metavar="OUT", help="folder to write to; FILE_imported if left out")
+    bring.add_argument("--decoder", type=Path, metavar="FILE", help="second file of a tokenizer in two halves")
+    bring.add_argument(
+        "--size", type=_size, metavar="H[xW]", help="size of its images in px, where they are not square"
+    )
+    for name, whose in (("--heads", "the encoder"), ("--decoder-heads", "the decoder")):
+        bring.add_argument(name, type=int, metavar="N", help=f"attention heads of {whose}, where they are not as usual")
+    give = add(
+        "export", _export, "write a row's encoder as a file that timm loads, and prove that the features are equal"
+    )
+    give.add_argument("row", metavar="ROW", help="a pretrain, baseline or downstream row that has run")
+    give.add_argument("-o", "--out", type=Path, metavar="OUT", help="folder to write to; exports/ROW if left out")
     data = commands.add_parser("data", help="bring datasets in and verify them").add_subparsers(
         metavar="ACTION", required=True
     )
@@ -113,7 +132,7 @@ def _check(_: argparse.Namespace) -> None:
     from flows import rows
 
     for section, named in rows.load().items():
-        print(f"{section:10} {', '.join(named)}")
+        print(f"{section:16} {', '.join(named)}")
 
 
 def _report(_: argparse.Namespace) -> None:
@@ -121,6 +140,28 @@ def _report(_: argparse.Namespace) -> None:
 
     report()
     print(workspace.report_folder() / "index.html")
+
+
+def _recipe(parsed: argparse.Namespace) -> None:
+    from flows import recipes
+
+    if parsed.name:
+        print(recipes.recipe(parsed.name, parsed.data), end="")
+    else:
+        print("\n".join(recipes.listing()))
+
+
+def _import(parsed: argparse.Namespace) -> None:
+    from flows import exchange
+
+    hints = {"size": parsed.size, "heads": parsed.heads, "decoder_heads": parsed.decoder_heads}
+    print("\n".join(exchange.bring(parsed.file, parsed.out, decoder=parsed.decoder, **hints)))
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from flows import exchange
+
+    print("\n".join(exchange.give(parsed.row, parsed.out)))
 
 
 def _restore(_: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import workspace
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, command, died, write_curves
+from flows.stage import Stage, artifact_key, command, died, encoder_of, write_curves
 from flows.workers import Workers, cores, slots
 
 Point = dict[str, Any]
@@ -40,7 +40,7 @@ def fine_tune(stage: Stage, workers: Workers, record: Any, bar: Bar, lr: float, 
         "folder": str(folder),
         "seed": seed,
         "lr": lr,
-        "init": str(init) if (init := init_file(stage)) else None,
+        "init": str(stage.start.file) if stage.start else None,
         "test": test,
     }
     curve = record.child(f"{stage.row} lr {lr:g} seed {seed}", folder, {**stage.params, "lr": lr, "seed": seed})
@@ -54,18 +54,9 @@ def fine_tune(stage: Stage, workers: Workers, record: Any, bar: Bar, lr: float, 
     return {"lr": lr, "seed": seed, **result}
 
 
-def init_file(stage: Stage) -> Path | None:
-    """The encoder to start from, or None from scratch."""
-    init = stage.params["init"]
-    return None if init == "scratch" else workspace.run_folder("pretrain", init) / "encoder.safetensors"
-
-
 def checked(row: str) -> Stage:
     """Check all that can be checked before work starts, labels and the encoder's file too; raises UserError."""
-    stage = Stage("downstream", row, ("baselines", "downstream"))
-    init = init_file(stage)
-    if init and not init.exists():
-        raise workspace.UserError(f"{init}: the encoder is missing; run `dvc repro pretrain@{stage.params['init']}`")
+    stage = Stage("downstream", row, ("baselines", "downstream"), encoder_of)
     meta = json.loads((stage.pack / "meta.json").read_text())
     where = f"downstream.yaml: {stage.row}"
     for split in ("train", "validation", "test"):
@@ -120,7 +111,7 @@ def publish(stage: Stage, record: Any, grid: Sequence[Point], finals: Sequence[P
         row=stage.row,
         params=stage.params,
         data=stage.data,
-        parents=[] if stage.params["init"] == "scratch" else [f"pretrain/{stage.params['init']}"],
+        parents=stage.parents,
         started=stage.started,
         # A worker has a share of the machine, and device-hours count the whole of it.
         device_seconds=metrics["seconds"] / slots(),

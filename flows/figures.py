@@ -1,8 +1,9 @@
 """The report's figures, at the width of a page (6.5 in), as PNG bytes.
 
 Matplotlib's objects are used directly, without pyplot, which keeps figures in a global list and looks for a window.
-An arm has the colour of the pretraining it starts from (grey from scratch) and a marker of its own, the same in every
-figure. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
+An arm has the colour of the pretraining it starts from (grey from scratch) and a marker, the same in every figure; no
+two arms share both until there are dozens. The colours are Paul Tol's muted ones, which colour-blind readers can tell
+apart.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
-from flows.results import SCRATCH, Arm, Pretrained
+from flows.results import SCRATCH, Arm, Pretrained, budget, comparisons
 
 WIDTH_IN, DPI = 6.5, 200
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MUTED = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#DDCC77", "#44AA99", "#AA4499", "#999933")
 GREY, INK, RULE = "#6b6b6b", "#222222", "#d9d9d9"
 MARKERS = "osD^vPX*"
+FEW = 5
+"""Arms or runs up to which a figure has room to spare."""
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -62,30 +65,23 @@ class Look:
 
 def colours(rows: Iterable[str]) -> dict[str, str]:
     """Give each pretrain row of `params/` its colour, published or not, so that it stays when others come."""
-    return {SCRATCH: GREY} | {row: OKABE_ITO[index % len(OKABE_ITO)] for index, row in enumerate(rows)}
+    return {SCRATCH: GREY} | {row: MUTED[index % len(MUTED)] for index, row in enumerate(rows)}
 
 
 def looks(arms: Sequence[Arm], colour: Mapping[str, str]) -> dict[str, Look]:
-    """Give each arm its look: the colour of its start, and a marker that no other arm of that start has."""
+    """Give each arm its look: the colour of its start, and a marker that no other arm of that colour has."""
     turns: dict[str, int] = {}
     given = {}
     for arm in arms:
-        turn = turns[arm.init] = turns.get(arm.init, -1) + 1
-        given[arm.row] = Look(colour.get(arm.init, INK), MARKERS[turn % len(MARKERS)])
+        ink = colour.get(arm.init, INK)
+        turn = turns[ink] = turns.get(ink, -1) + 1
+        given[arm.row] = Look(ink, MARKERS[turn % len(MARKERS)])
     return given
 
 
 def title(arm: Arm) -> str:
     """Name what is compared: task, data and labels."""
-    return f"{arm.task}, {arm.data}, {'all' if arm.labels is None else f'{arm.labels:,}'} labels"
-
-
-def comparisons(arms: Sequence[Arm]) -> list[list[Arm]]:
-    """Group arms by task, data and labels, in order of appearance."""
-    groups: dict[Any, list[Arm]] = {}
-    for arm in arms:
-        groups.setdefault(arm.comparison, []).append(arm)
-    return list(groups.values())
+    return f"{arm.task}, {arm.data}, {budget(arm.labels)}"
 
 
 def accuracy(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
@@ -138,8 +134,8 @@ def pretraining(runs: Sequence[Pretrained], colour: Mapping[str, str]) -> bytes:
     if not runs:
         return _empty("No pretraining run is published.")
     with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDTH_IN, 0.15 + 2.0 * len(runs)), layout="constrained")
-        panels = figure.subplots(len(runs), 2, squeeze=False)
+        figure = Figure((WIDTH_IN, 0.15 + (2.0 if len(runs) <= FEW else 1.5) * len(runs)), layout="constrained")
+        panels = figure.subplots(len(runs), 2, squeeze=False, sharex="row")
         for run, (left, right) in zip(runs, panels, strict=True):
             ink = colour.get(run.row, INK)
             left.plot(*_series(run.curve, "loss"), color=ink, lw=0.9, alpha=0.5, label="training")
@@ -147,9 +143,12 @@ def pretraining(runs: Sequence[Pretrained], colour: Mapping[str, str]) -> bytes:
             left.set_title(f"{run.row}: loss")
             left.legend(loc="upper right")
             right.plot(*_series(run.curve, "hole_psnr"), "o-", color=ink, ms=3)
-            right.set_title(f"{run.row}: hole-only PSNR on validation (dB)")
+            right.set_title(f"{run.row}: hole-only PSNR (dB)")
             steps, values = _series(run.curve, "hole_psnr")
-            if values:
+            if not values:
+                said = right.text(0.02, 0.5, "none: the target is no picture", transform=right.transAxes, color=GREY)
+                said.set_in_layout(False)
+            else:
                 end = (steps[-1], values[-1])
                 right.annotate(f"{values[-1]:.1f}", end, (0, 6), textcoords="offset points", ha="center")
                 right.margins(y=0.16)
@@ -158,7 +157,7 @@ def pretraining(runs: Sequence[Pretrained], colour: Mapping[str, str]) -> bytes:
                 axes.set_xlim(left=0)
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
                 axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-                axes.yaxis.set_major_locator(MaxNLocator(5))
+                axes.yaxis.set_major_locator(MaxNLocator(5) if axes is left or values else NullLocator())
         for axes in panels[-1]:
             axes.set_xlabel("optimisation step")
         return _png(figure)
@@ -169,10 +168,12 @@ def lr_grid(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
     groups = [group for group in comparisons(arms) if any(arm.grid for arm in group)]
     if not groups:
         return _empty("No learning-rate grid is published.")
-    across = min(2, len(groups))
+    most = max(map(len, groups))
+    # Many lines need the whole width, and their legend a place beside them.
+    across = min(2, len(groups)) if most <= FEW else 1
     down = math.ceil(len(groups) / across)
     with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDTH_IN, 0.1 + 2.5 * down), layout="constrained")
+        figure = Figure((WIDTH_IN, 0.1 + max(2.5, 0.5 + 0.17 * most) * down), layout="constrained")
         panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
         for axes, group in zip(panels, groups, strict=False):
             for arm in group:
@@ -185,7 +186,8 @@ def lr_grid(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
             axes.set_title(title(group[0]))
             axes.set_xlabel("peak learning rate")
             axes.grid(axis="y")
-            axes.legend(loc="best", handlelength=1.6)
+            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if most > FEW else {"loc": "best"}
+            axes.legend(handlelength=1.6, **beside)
         for axes in panels[::across]:
             axes.set_ylabel("validation accuracy (%)")
         for axes in panels[len(groups) :]:

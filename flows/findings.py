@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from flows.results import Arm, Published, stale
+from flows.results import SCRATCH, Arm, Published, budget, stale
+
+NAMED = 3
+"""Rows that are not published are named up to this number, and counted above it."""
+SECTIONS = {
+    "prepare": ("data",),
+    "fit_target": ("targets",),
+    "pretrain": ("pretrain", "pretrain_fitted"),
+    "downstream": ("baselines", "downstream"),
+}
 
 
 def headline(published: Published) -> str:
@@ -21,9 +31,9 @@ def headline(published: Published) -> str:
     single = sum(arm.difference.count < 2 for arm in compared if arm.difference)
     parts = [f"{gains} with a gain", f"{losses} with a loss", f"{len(compared) - gains - losses - single} undecided"]
     parts += [f"{single} with one seed only"] if single else []
-    counts = f"{len(compared)} arms were compared with training from scratch: {', '.join(parts)}."
+    counts = f"{len(compared)} arms were compared with training the same encoder from scratch: {', '.join(parts)}."
     best = max(compared, key=lambda arm: (_sign(arm), arm.difference.mean if arm.difference else 0.0))
-    return f"{counts} {finding(best, published)}" if _sign(best) == 1 else counts
+    return f"{counts} The largest gain: {finding(best, published)}" if _sign(best) == 1 else counts
 
 
 def finding(arm: Arm, published: Published) -> str:
@@ -33,7 +43,7 @@ def finding(arm: Arm, published: Published) -> str:
     rival = next(other for other in published.arms if other.row == arm.baseline)
     shared = [seed for seed in arm.seeds if seed in rival.seeds]
     before, after = (100 * sum(one.seeds[seed] for seed in shared) / len(shared) for one in (rival, arm))
-    where = "all labels" if arm.labels is None else f"{arm.labels:,} labels"
+    where = budget(arm.labels)
     run = published.pretrained.get(arm.init)
     count = published.packs.get(run.manifest["data"]["name"], {}).get("counts", {}).get("train") if run else None
     images = f"{count:,} unlabelled images" if count else "unlabelled images"
@@ -52,13 +62,13 @@ def caveats(published: Published) -> Iterator[str]:
     """Say what a careful reader has to know before believing the table."""
     arms, manifests = published.arms, list(manifests_of(published))
     if published.absent:
-        yield f"Not published, and so not in this report: {', '.join(published.absent)}."
+        yield f"Not published, and so not in this report: {_absent(published)}."
     old = [name for name, manifest in manifests if stale(manifest)]
     if old:
-        yield f"Made by other code than the code that lies here now: {', '.join(old)}."
+        yield f"Made by other code than the code that lies here now: {_few(old, len(manifests))}."
     dirty = [name for name, manifest in manifests if manifest.get("git", {}).get("dirty")]
     if dirty:
-        yield f"Made with uncommitted changes to code or rows: {', '.join(dirty)}."
+        yield f"Made with uncommitted changes to code or rows: {_few(dirty, len(manifests))}."
     versions = {name: {meta["md5"]} for name, meta in published.packs.items() if "md5" in meta}
     for _, manifest in manifests:
         versions.setdefault(manifest["data"]["name"], set()).add(manifest["data"]["md5"])
@@ -71,23 +81,44 @@ def caveats(published: Published) -> Iterator[str]:
         yield f"Times are from different devices and cannot be compared: {', '.join(sorted(devices))}."
     single = [arm.row for arm in arms if arm.score.count < 2]
     if single:
-        yield f"One seed only, so no interval is given: {', '.join(single)}."
+        yield f"One seed only, so no interval is given: {_few(single, len(arms))}."
+    alone = [arm.row for arm in arms if arm.init != SCRATCH and not arm.baseline]
+    if alone:
+        yield f"Not compared, as no baseline has their encoder, task, data and labels: {', '.join(alone)}."
     for arm in arms:
         if end := edge(arm):
             yield f"{arm.row}: the chosen learning rate, {arm.lr:g}, is the {end} tried; a wider grid may do better."
-        if arm.baseline and not arm.same_encoder:
-            yield f"{arm.row}: its baseline {arm.baseline} has another encoder."
         if arm.difference and arm.difference.count < arm.score.count:
             yield f"{arm.row}: only {arm.difference.count} of its seeds are also its baseline's."
     compared = sum(arm.difference is not None for arm in arms)
     if compared > 1:
-        yield f"{compared} differences are shown, each with its own 95 % interval; none is corrected for their number."
+        yield (
+            f"{compared} differences are shown, each with its own 95 % interval; none is corrected for their number, "
+            "and the largest of many is likely to be too large."
+        )
 
 
 def manifests_of(published: Published) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Give every run with its manifest, named `<stage> <row>`."""
+    yield from ((f"fit_target {row}", one.manifest) for row, one in published.tokenizers.items())
     yield from ((f"pretrain {row}", run.manifest) for row, run in published.pretrained.items())
     yield from ((f"downstream {arm.row}", arm.manifest) for arm in published.arms)
+
+
+def _few(names: Sequence[str], among: int) -> str:
+    """Name all of a few; of more, some and how many they are."""
+    if len(names) <= 2 * NAMED:
+        return ", ".join(names)
+    return f"{len(names)} of {among}, such as {', '.join(names[:NAMED])}"
+
+
+def _absent(published: Published) -> str:
+    """Name what is not published; where that is much, only how much of which stage."""
+    if len(published.absent) <= NAMED:
+        return ", ".join(published.absent)
+    counts = Counter(name.split()[0] for name in published.absent)
+    given = {stage: sum(len(published.rows[section]) for section in SECTIONS[stage]) for stage in counts}
+    return ", ".join(f"{count} of {given[stage]} {stage} rows" for stage, count in counts.items())
 
 
 def edge(arm: Arm) -> str:

@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows import workspace
+from flows import family, rows, workspace
+from flows.family import PIECES
 from flows.findings import caveats, edge, finding, headline, manifests_of
 from flows.results import Arm, Published, duration, hours, markdown, percent, read, stale
 from mim_core.files import write_atomically
 
-PIECES = ("mask", "fill", "encoder", "head", "target", "loss")
+ROW_PICTURES = ("gallery_", "recovery_", "tokenizer_")
 RUN_PAGES = {"mlflow": "{}/#/runs/{}", "prefect": "{}/runs/flow-run/{}"}
 KNOWN_META = frozenset({"channels", "size", "classes", "counts", "mean", "std", "quarantined", "digest", "name", "md5"})
 
@@ -35,9 +36,11 @@ def build(folder: Path, links: Mapping[str, str | None] | None = None) -> dict[s
     published = read()
     if not published.arms and not published.pretrained:
         raise workspace.UserError("report: nothing is published under runs/; run `dvc repro` first")
-    galleries = {row: run.folder / "gallery.png" for row, run in published.pretrained.items()}
-    pictures = {f"gallery_{row}.png": path.read_bytes() for row, path in galleries.items() if path.exists()}
-    colour = figures.colours(published.rows["pretrain"])
+    shown = {f"tokenizer_{row}.png": one.folder / "gallery.png" for row, one in published.tokenizers.items()}
+    for row, run in published.pretrained.items():
+        shown |= {f"{name}_{row}.png": run.folder / f"{name}.png" for name in ("gallery", "recovery")}
+    pictures = {name: path.read_bytes() for name, path in shown.items() if path.exists()}
+    colour = figures.colours(rows.pretraining(published.rows))
     look = figures.looks(published.arms, colour)
     pictures |= {
         "accuracy.png": figures.accuracy(published.arms, look),
@@ -45,18 +48,21 @@ def build(folder: Path, links: Mapping[str, str | None] | None = None) -> dict[s
         "lr_grid.png": figures.lr_grid(published.arms, look),
     }
     said = {"headline": headline(published), "caveats": list(caveats(published)), "summary": summary(published)}
-    page = _page(published, said, pictures, {row: one.colour for row, one in look.items()}, links or {})
+    table = family.family(published)
+    page = _page(published, table, said, pictures, colour, links or {})
     files: dict[str, bytes | str] = {
         **pictures,
         "table.md": markdown(published.arms),
+        "family.md": family.markdown(table),
+        "family.csv": family.as_csv(table),
         "summary.json": json.dumps(said["summary"], indent=1) + "\n",
         "accuracy.csv": _seeds(published.arms),
         "index.html": page,
     }
     for name, content in files.items():
         write_atomically(folder / name, content)
-    for old in folder.glob("gallery_*.png"):  # of rows that are no more
-        if old.name not in files:
+    for old in folder.glob("*_*.png"):  # of rows that are no more
+        if old.name not in files and old.name.startswith(ROW_PICTURES):
             old.unlink()
     return {**said, "absent": list(published.absent), "index": str(folder / "index.html")}
 
@@ -76,11 +82,20 @@ def summary(published: Published) -> dict[str, dict[str, dict[str, float]]]:
     for row, run in published.pretrained.items():
         costs = {key: run.manifest[key] for key in ("wall_seconds", "device_hours", "images_seen")}
         pretrain[row] = _finite({**run.manifest["metrics"], **costs})
-    return {"downstream": downstream, "pretrain": pretrain}
+        if run.fitted and run.device_hours is not None:
+            pretrain[row]["device_hours_with_tokenizer"] = run.device_hours
+    targets = {
+        row: _finite(
+            {**one.manifest["metrics"], **{key: one.manifest[key] for key in ("wall_seconds", "device_hours")}}
+        )
+        for row, one in published.tokenizers.items()
+    }
+    return {"downstream": downstream, "pretrain": pretrain, "targets": targets}
 
 
 def _page(
     published: Published,
+    table: family.Family,
     said: Mapping[str, Any],
     pictures: Mapping[str, bytes],
     colours: Mapping[str, str],
@@ -94,7 +109,8 @@ def _page(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    filters = {"duration": duration, "hours": hours, "percent": percent, "figure": _figure, "value": _value}
+    filters = {"duration": duration, "hours": hours, "percent": percent, "figure": _figure}
+    filters |= {"value": family.words, "millions": family.millions}
     environment.filters |= filters
     embedded = {name: f"data:image/png;base64,{base64.b64encode(image).decode()}" for name, image in pictures.items()}
     template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
@@ -106,7 +122,11 @@ def _page(
         colours=colours,
         datasets=[_dataset(name, meta, manifests.values()) for name, meta in published.packs.items()],
         pieces=PIECES,
-        methods=[_method(row, published) for row in published.rows["pretrain"]],
+        methods=[_method(row, published) for row in published.pretrained],
+        family=table,
+        metric=family.metric,
+        note=family.NOTE,
+        not_run=[row for row in rows.pretraining(published.rows) if row not in published.pretrained],
         rates=rates,
         tried={arm.row: _tried(arm) for arm in published.arms},
         edges={arm.row: edge(arm) for arm in published.arms},
@@ -127,13 +147,11 @@ def _tried(arm: Arm) -> dict[float, float]:
 
 
 def _method(row: str, published: Published) -> dict[str, Any]:
-    """A pretrain row's six pieces and its training, as it ran, or as it would run where it is not published."""
-    run = published.pretrained.get(row)
-    params = published.rows["pretrain"][row]
-    if run and all(piece in run.manifest["params"] for piece in PIECES):
-        params = run.manifest["params"]
-    training = {**params["optim"], "augment": params.get("augment"), "seed": params.get("seed")}
-    return {"row": row, "run": run, "data": params["data"], "training": training} | {key: params[key] for key in PIECES}
+    """A pretrain row's six pieces and its training."""
+    params = family.method(row, published)
+    training = {**params["optim"], "adversarial": params.get("adversarial"), "augment": params.get("augment")}
+    training |= {"seed": params.get("seed")}
+    return {"row": row, "data": params["data"], "training": training} | {key: params[key] for key in PIECES}
 
 
 def _dataset(name: str, meta: Mapping[str, Any], manifests: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -174,14 +192,3 @@ def _figure(value: Any) -> str:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
-
-
-def _value(value: Any) -> str:
-    """A param in words: `name (key value, ...)` for a piece, plain text for the rest."""
-    if isinstance(value, Mapping):
-        kept = {key: one for key, one in sorted(value.items()) if key != "name" and one is not None}
-        inner = ", ".join(f"{key} {_value(one)}" for key, one in kept.items())
-        return f"{value['name']} ({inner})" if "name" in value and inner else str(value.get("name", inner))
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_value, value))}]"
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -36,15 +36,17 @@ def show(folder: Path, said: dict[str, Any]) -> None:
     digests = data.guard()
     sources = {"name": ", ".join(digests), "md5": workspace.digest(digests)}
     record = Record("report", "all", state, sources, {"headline": said["headline"]}, watch=False)
-    for runs in said["summary"].values():
+    for kind, runs in said["summary"].items():
         for row, values in runs.items():
-            record.metrics(record.parent, {f"{row}.{key}": value for key, value in values.items()})
+            name = f"targets.{row}" if kind == "targets" else row  # which may have the name of a pretrain row
+            record.metrics(record.parent, {f"{name}.{key}": value for key, value in values.items()})
     for path in sorted(folder.iterdir()):
         if path.is_file():
             record.file(record.parent, path)
     record.end(record.parent)
     shutil.rmtree(state, ignore_errors=True)
     create_markdown_artifact(f"{said['headline']}\n\n{(folder / 'table.md').read_text()}", key="table")
+    create_markdown_artifact((folder / "family.md").read_text(), key="family")
     create_image_artifact(image_url=picture_address(folder / "accuracy.png"), key="accuracy")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,34 @@ SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
+class Tokenizer:
+    """A published tokenizer, a row of targets.yaml."""
+
+    row: str
+    manifest: Mapping[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Pretrained:
-    """A published pretraining run; `curve` holds the cells that each line has."""
+    """A published pretraining run; `curve` holds the cells that each line has.
+
+    `fitted` names the tokenizer that its target was fitted as, where it was. `tokenizer_device_hours` come on top of
+    the run's own (0 without a tokenizer, None where that is not published).
+    """
 
     row: str
     manifest: Mapping[str, Any]
     curve: Sequence[Mapping[str, float]]
     folder: Path
+    fitted: str | None
+    tokenizer_device_hours: float | None
+
+    @property
+    def device_hours(self) -> float | None:
+        """Device-hours of pretraining, its tokenizer's among them."""
+        own: float = self.manifest["device_hours"]
+        return None if self.tokenizer_device_hours is None else own + self.tokenizer_device_hours
 
 
 @dataclass(frozen=True)
@@ -32,7 +53,8 @@ class Arm:
     """A published downstream run: one line of the table. Accuracies are shares; `seeds` maps a seed to its own.
 
     `device_hours` are the arm's own, over its grid and all its seeds; `pretrain_device_hours` come on top (0 from
-    scratch, None where the pretraining run is not published). `difference` is to `baseline`, paired by seed.
+    scratch, None where the pretraining run or its tokenizer is not published). `baseline` starts the same encoder from
+    scratch, and `difference` is to it, paired by seed.
     """
 
     row: str
@@ -48,7 +70,6 @@ class Arm:
     device_hours: float
     pretrain_device_hours: float | None
     baseline: str | None
-    same_encoder: bool
     difference: Interval | None
     verdict: str
     manifest: Mapping[str, Any]
@@ -70,6 +91,7 @@ class Published:
     rows: rows.Rows
     arms: Sequence[Arm]
     pretrained: Mapping[str, Pretrained]
+    tokenizers: Mapping[str, Tokenizer]
     packs: Mapping[str, Mapping[str, Any]]
     absent: Sequence[str]
 
@@ -79,19 +101,39 @@ def read() -> Published:
     given = rows.load()
     packs = {n: _read(meta) for n in given["data"] if (meta := workspace.pack_folder(n) / "meta.json").exists()}
     absent = [f"prepare {name}" for name in given["data"] if name not in packs]
+    tokenizers: dict[str, Tokenizer] = {}
     pretrained: dict[str, Pretrained] = {}
     arms: list[Arm] = []
-    judged = [*given["baselines"], *given["downstream"]]  # baselines before the arms that are compared with them
-    for stage, row in [("pretrain", row) for row in given["pretrain"]] + [("downstream", row) for row in judged]:
-        folder = workspace.run_folder(stage, row)
+    # Each after what it builds on or is compared with.
+    wanted = [("targets", row) for row in given["targets"]] + [("pretrain", row) for row in rows.pretraining(given)]
+    wanted += [("downstream", row) for row in (*given["baselines"], *given["downstream"])]
+    for kind, row in wanted:
+        folder = workspace.run_folder(kind, row)
         if not (folder / "manifest.json").exists():
-            absent.append(f"{stage} {row}")
-        elif stage == "pretrain":
-            manifest, curve = _read(folder / "manifest.json"), _read(folder / "curve.csv", _curve)
-            pretrained[row] = Pretrained(row, manifest, curve, folder)
+            absent.append(f"{'fit_target' if kind == 'targets' else kind} {row}")
+        elif kind == "targets":
+            tokenizers[row] = Tokenizer(row, _read(folder / "manifest.json"), folder)
+        elif kind == "pretrain":
+            fitted, manifest = rows.fitted(rows.pretraining(given)[row]), _read(folder / "manifest.json")
+            extra = 0.0 if not fitted else tokenizers[fitted].manifest["device_hours"] if fitted in tokenizers else None
+            curve = _read(folder / "curve.csv", _curve)
+            pretrained[row] = Pretrained(row, manifest, curve, folder, fitted, extra)
         else:
             arms.append(_arm(row, folder, given, pretrained, arms))
-    return Published(given, arms, pretrained, packs, absent)
+    return Published(given, arms, pretrained, tokenizers, packs, absent)
+
+
+def comparisons(arms: Iterable[Arm]) -> list[list[Arm]]:
+    """Group arms by task, data and labels, in order of appearance."""
+    groups: dict[Any, list[Arm]] = {}
+    for arm in arms:
+        groups.setdefault(arm.comparison, []).append(arm)
+    return list(groups.values())
+
+
+def budget(labels: int | None) -> str:
+    """Say how many labels an arm may use."""
+    return "all labels" if labels is None else f"{labels:,} labels"
 
 
 def stale(manifest: Mapping[str, Any]) -> bool:
@@ -167,26 +209,31 @@ def _arm(row: str, folder: Path, given: rows.Rows, pretrained: Mapping[str, Pret
         seeds = {int(one["seed"]): float(one["test_accuracy"]) for one in said["seeds"]}
         init, key, score = said["init"], (said["task"], said["data"], said["labels"]), interval(list(seeds.values()))
         rivals = [arm for arm in before if arm.init == SCRATCH != init and arm.comparison == key]
-        same = [arm for arm in rivals if _encoder(given, arm.row) == _encoder(given, row)]
+        same = [arm for arm in rivals if encoder(given, arm.row) == encoder(given, row)]
         # The strongest of several baselines: a claim has to hold against it.
-        rival = max(same or rivals, key=lambda arm: arm.score.mean, default=None)
+        rival = max(same, key=lambda arm: arm.score.mean, default=None)
         shared = [seed for seed in seeds if rival and seed in rival.seeds]
         gain = difference([seeds[s] for s in shared], [rival.seeds[s] for s in shared]) if rival and shared else None
-        words = "baseline" if init == SCRATCH else f"no seed in common with {rival.row}" if rival else "no baseline"
-        extra = 0.0 if init == SCRATCH else pretrained[init].manifest["device_hours"] if init in pretrained else None
+        words = "baseline" if init == SCRATCH else "no baseline with this encoder" if rivals else "no baseline"
+        words = f"no seed in common with {rival.row}" if rival else words
+        extra = 0.0 if init == SCRATCH else pretrained[init].device_hours if init in pretrained else None
         return Arm(
             row, key[0], init, key[1], key[2], score, seeds, said["lr"], said["grid"], manifest["wall_seconds"],
-            manifest["device_hours"], extra, rival.row if rival else None, bool(same), gain,
-            verdict(gain) if gain else words, manifest,
+            manifest["device_hours"], extra, rival.row if rival else None, gain, verdict(gain) if gain else words,
+            manifest,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise workspace.UserError(f"{folder}: not a whole result ({error!r}); run `dvc repro` again") from error
 
 
-def _encoder(given: rows.Rows, row: str) -> dict[str, Any]:
+def encoder(given: rows.Rows, row: str) -> dict[str, Any]:
+    """Give the encoder that a judged row fine-tunes, so that equal ones compare equal."""
     judged = given["baselines"].get(row) or given["downstream"][row]
-    # Without drop_path: a downstream row sets its own.
-    return {**(judged["encoder"] or given["pretrain"][judged["init"]]["encoder"]), "drop_path": None}
+    piece = judged["encoder"] or rows.pretraining(given)[judged["init"]]["encoder"]
+    # A downstream row sets its own drop path, pretraining replaces what weights began as, and fine-tuning gives each
+    # block a relative bias of its own.
+    positions = "relative_per_block" if piece.get("positions") == "relative" else piece.get("positions")
+    return {**piece, "drop_path": None, "init": None, "positions": positions}
 
 
 def _curve(text: str) -> list[dict[str, float]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from flows import workspace
@@ -17,7 +18,7 @@ Rows = dict[str, dict[str, Any]]
 
 
 def load() -> Rows:
-    """Give every row by section (data, pretrain, baselines, downstream) and name.
+    """Give every row by section (data, targets, pretrain_fitted, pretrain, baselines, downstream) and name.
 
     Raises UserError with every fault of every row.
     """
@@ -41,6 +42,17 @@ def load() -> Rows:
     # Not sorted: rows keep the order of their files, which tables and colours follow.
     write_atomically(kept, json.dumps({"key": key.hexdigest(), "rows": rows}))
     return rows
+
+
+def pretraining(rows: Rows) -> dict[str, Any]:
+    """Give the pretrain rows of both sections."""
+    return {**rows["pretrain"], **rows["pretrain_fitted"]}
+
+
+def fitted(params: Mapping[str, Any]) -> str | None:
+    """Name the row of targets.yaml that a pretrain row's target is fitted by, where it is."""
+    target = params["target"]
+    return target.get("fitted") if isinstance(target, Mapping) else None
 
 
 def find(rows: Rows, sections: tuple[str, ...], name: str) -> Any:

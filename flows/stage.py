@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,46 @@ from flows.workers import JobDiedError, Span
 from mim_core.files import read_curve, write_atomically
 
 
+@dataclass(frozen=True)
+class Start:
+    """The published weights that a run begins from: `what` they are, the `run` below runs/, and DVC's stage for it."""
+
+    what: str
+    run: str
+    name: str
+    made_by: str
+
+    @property
+    def file(self) -> Path:
+        return workspace.root() / "runs" / self.run / self.name
+
+
+def tokenizer_of(given: rows.Rows, params: Mapping[str, Any]) -> Start | None:
+    """The tokenizer that a pretrain row's target was fitted as, where it was."""
+    fitted = rows.fitted(params)
+    return Start("tokenizer", f"targets/{fitted}", "tokenizer.safetensors", f"fit_target@{fitted}") if fitted else None
+
+
+def encoder_of(given: rows.Rows, params: Mapping[str, Any]) -> Start | None:
+    """The encoder that a downstream row starts from; none from scratch."""
+    init = params["init"]
+    if init == "scratch":
+        return None
+    section = "pretrain_fitted" if init in given["pretrain_fitted"] else "pretrain"
+    return Start("encoder", f"pretrain/{init}", "encoder.safetensors", f"{section}@{init}")
+
+
 class Stage:
     """One run of a stage on a row, after its checks."""
 
-    def __init__(self, name: str, row: str, sections: tuple[str, ...]) -> None:
-        """Check rows and data before anything is done; raises UserError."""
+    def __init__(
+        self,
+        name: str,
+        row: str,
+        sections: tuple[str, ...],
+        start_of: Callable[[rows.Rows, Mapping[str, Any]], Start | None] = lambda given, params: None,
+    ) -> None:
+        """Check rows, data and the weights to begin from before anything is done; raises UserError."""
         self.name, self.row, self.started = name, row, time.time()
         self.rows = rows.load()
         self.params: dict[str, Any] = rows.find(self.rows, sections, row)
@@ -39,15 +76,29 @@ class Stage:
         self.pack = workspace.pack_folder(dataset)
         if name != "prepare" and not (self.pack / "meta.json").exists():
             raise workspace.UserError(f"packs/{dataset}: there is no pack; run `dvc repro prepare@{dataset}`")
+        self.start, begun_from = start_of(self.rows, self.params), ""
+        if self.start:
+            try:
+                with self.start.file.open("rb") as file:
+                    begun_from = hashlib.file_digest(file, "sha256").hexdigest()
+            except FileNotFoundError:
+                raise workspace.UserError(
+                    f"{self.start.file}: the {self.start.what} is missing; run `dvc repro {self.start.made_by}`"
+                ) from None
         # What names the work: the same key means that a checkpoint of it can be gone on from.
-        self.key = workspace.digest([name, row, self.params, self.data, workspace.code_fingerprint()])
+        self.key = workspace.digest([name, row, self.params, self.data, workspace.code_fingerprint(), begun_from])
         self.state = workspace.jobs_folder() / f"{name}-{row}-{self.key[:16]}"
         self.state.mkdir(parents=True, exist_ok=True)
         self.spans: list[Span] = []
 
-    def publish(self, stage: str, job: Path, products: Iterable[str]) -> Path:
-        """Copy a job's products to where DVC expects the stage's outputs."""
-        folder = workspace.run_folder(stage, self.row)
+    @property
+    def parents(self) -> list[str]:
+        """The runs that this one builds on."""
+        return [self.start.run] if self.start else []
+
+    def publish(self, kind: str, job: Path, products: Iterable[str]) -> Path:
+        """Copy a job's products to where DVC expects the stage's outputs, `runs/<kind>/<row>`."""
+        folder = workspace.run_folder(kind, self.row)
         folder.mkdir(parents=True, exist_ok=True)
         for name in products:
             shutil.copyfile(job / name, folder / name)

@@ -135,7 +135,7 @@ class Record:
     def _register(self, run: str, name: str, weights: Path, about: Mapping[str, Any]) -> None:
         (height, width), channels = about["size"], about["channels"]
         example = np.zeros((1, height, width, channels), np.uint8)
-        signature = infer_signature(example, np.zeros((1, about["encoder"]["width"]), np.float32))
+        signature = infer_signature(example, np.zeros((1, _width(about)), np.float32))
         versions = workspace.versions()
         requirements = [f"{package}=={versions[package]}" for package in ("torch", "torchvision", "timm", "numpy")]
         requirements += ["safetensors", "pydantic", "jaxtyping", "scipy", "pillow"]
@@ -204,6 +204,19 @@ def flatten(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         else:
             flat[f"{path}{key}"] = inner
     return flat
+
+
+def _width(about: Mapping[str, Any]) -> int:
+    """Width of the features of the encoder that a file of weights tells of."""
+    import torch
+
+    from mim_core.encoders import ENCODERS
+    from mim_core.params import EncoderOf
+    from mim_core.spec import build, check
+
+    piece = check(EncoderOf, {"encoder": about["encoder"]}, "weights").encoder
+    with torch.device("meta"):  # takes neither memory nor time
+        return int(build(ENCODERS, piece, tuple(about["size"]), about["channels"]).width)
 
 
 def _experiment(client: MlflowClient) -> str:

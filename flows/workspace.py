@@ -60,9 +60,9 @@ def pack_folder(name: str) -> Path:
     return root() / "packs" / name
 
 
-def run_folder(stage: str, row: str) -> Path:
-    """A stage's published results: `runs/pretrain/<row>` or `runs/downstream/<row>`."""
-    return root() / "runs" / stage / row
+def run_folder(kind: str, row: str) -> Path:
+    """A stage's published results: `runs/<kind>/<row>`, where the kind is targets, pretrain or downstream."""
+    return root() / "runs" / kind / row
 
 
 def report_folder() -> Path:
@@ -136,8 +136,8 @@ def write_manifest(
 ) -> dict[str, Any]:
     """Write `manifest.json`, the truth about a run, which MLflow only views.
 
-    `data` names the dataset and its md5, `parents` the runs it builds on, `device_seconds` the time of all its jobs
-    added up, `runs` the MLflow and Prefect run ids.
+    `data` names the dataset and its md5, `parents` the runs it builds on (their folders below runs/), `device_seconds`
+    the time of all its jobs added up, `runs` the MLflow and Prefect run ids.
     """
     status = git("status", "--porcelain", "--untracked-files=no", "--", "mim_core", "flows", "params", "dvc.yaml")
     manifest = {

@@ -15,6 +15,7 @@ from flows import workspace
 
 ENCODER = {"name": "vit", "patch_px": 4, "width": 48, "depth": 2, "heads": 3}
 TUNE = {"batch": 128, "epochs": 15}
+CLUSTERS = {"name": "clusters", "fitted": "colours", "cell_px": 2}
 OPTIM = {"lr": 1.0e-3, **TUNE}
 JUDGED = {"task": "classify", "data": "scenes", "lr_grid": [5.0e-4, 1.0e-3, 2.0e-3], "optim": TUNE}
 MD5 = "d41d8cd98f00b204e9800998ecf8427e.dir"
@@ -38,17 +39,36 @@ class Published:
         (root / "dvc.yaml").write_text("stages: {}\n")
 
     def rows(
-        self, pretrain: Sequence[str], baselines: Mapping[str, Any], downstream: Mapping[str, Any], data: str = "scenes"
+        self,
+        pretrain: Sequence[str] | Mapping[str, Any],
+        baselines: Mapping[str, Any],
+        downstream: Mapping[str, Any],
+        data: str = "scenes",
+        fitted: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write params; a judged row's value holds what differs from the common row."""
+        """Write params; a row's value holds what differs from the common row.
+
+        `fitted` rows predict the colours of the palette `colours`, which is there when they are.
+        """
+        own = pretrain if isinstance(pretrain, Mapping) else {row: {} for row in pretrain}
+        common = {"data": data, **PIECES, "optim": OPTIM}
         files = {
             "data.yaml": {"data": {data: {"source": {"name": "scenes", "train": 12000}}}},
-            "pretrain.yaml": {"pretrain": {row: {"data": data, **PIECES, "optim": OPTIM} for row in pretrain}},
+            "targets.yaml": {
+                "targets": {"colours": {"data": data, "tokenizer": {"name": "palette", "codes": 8}}} if fitted else {}
+            },
+            "pretrain.yaml": {
+                "pretrain_fitted": {
+                    row: {**common, "target": CLUSTERS, "loss": "cross_entropy", **one}
+                    for row, one in (fitted or {}).items()
+                },
+                "pretrain": {row: {**common, **one} for row, one in own.items()},
+            },
             "downstream.yaml": {
                 "baselines": {
-                    row: {**JUDGED, "init": "scratch", "encoder": ENCODER, **own} for row, own in baselines.items()
+                    row: {**JUDGED, "init": "scratch", "encoder": ENCODER, **one} for row, one in baselines.items()
                 },
-                "downstream": {row: {**JUDGED, **own} for row, own in downstream.items()},
+                "downstream": {row: {**JUDGED, **one} for row, one in downstream.items()},
             },
         }
         for name, content in files.items():
@@ -69,12 +89,23 @@ class Published:
         }
         self._json(self.root / "packs" / name / "meta.json", meta)
 
-    def pretrained(self, row: str, hours: float = 0.5, lines: int = 41, **manifest: Any) -> None:
+    def tokenizer(self, row: str = "colours", hours: float = 0.25, **manifest: Any) -> None:
+        folder = self.root / "runs" / "targets" / row
+        metrics = {"psnr": 27.5, "codes_used": 0.875, "perplexity": 6.2, "parameters": 0, "seconds": 3600 * hours}
+        self._manifest(folder, "fit_target", row, hours, metrics, manifest)
+        Image.new("RGB", (64, 32), "grey").save(folder / "gallery.png")
+
+    def pretrained(
+        self, row: str, hours: float = 0.5, lines: int = 41, without: Sequence[str] = (), **manifest: Any
+    ) -> None:
         folder = self.root / "runs" / "pretrain" / row
         metrics = {
             "loss": 0.21, "validation_loss": 0.22, "hole_psnr": 17.9, "seconds": 3600 * hours, "images_seen": 180000,
-            "images_per_s": 412.0, "parameters": 2700000, "steps": 1400,
+            "images_per_s": 412.0, "parameters": 2700000, "steps": 1400, "hidden_share": 0.59, "avg_distance_px": 2.345,
+            "encoder_parameters": 2600000,
         }  # fmt: skip
+        for key in without:
+            del metrics[key]
         self._manifest(folder, "pretrain", row, hours, {**metrics}, manifest)
         self._json(folder / "metrics.json", metrics)
         keys = ["step", "seconds", "loss", "grad_norm", "lr", "images_per_s", "validation_loss", "hole_psnr"]
@@ -86,8 +117,10 @@ class Published:
                 writer.writerow({"step": step, "seconds": step, "loss": 0.2 + 8 / (step + 10), "lr": 1e-3})
                 if index % 5 == 0:
                     told = {"validation_loss": 0.21 + 8 / (step + 10), "hole_psnr": 18 - 60 / (step + 10)}
-                    writer.writerow({"step": step, "seconds": step, **told})
-        Image.new("RGB", (64, 32), "grey").save(folder / "gallery.png")
+                    kept = {key: value for key, value in told.items() if key not in without}
+                    writer.writerow({"step": step, "seconds": step, **kept})
+        for name in ("gallery.png", "recovery.png"):
+            Image.new("RGB", (64, 32), "grey").save(folder / name)
 
     def judged(
         self,

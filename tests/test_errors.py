@@ -42,7 +42,8 @@ def refused(clone: Clone, *command: str, python: bool = True) -> str:
 @pytest.mark.parametrize(("old", "new", "where", "rule"), BAD_ROWS, ids=[row[1] for row in BAD_ROWS])
 def test_a_bad_row_is_refused_by_every_command(old: str, new: str, where: str, rule: str, clone: Clone) -> None:
     path = clone.folder / "params" / "pretrain.yaml"
-    path.write_text(path.read_text().replace(old, new, 1))
+    head, mark, rows = path.read_text().partition("\npretrain:\n")
+    path.write_text(head + mark + rows.replace(old, new, 1))
     # The stage itself refuses as `check` does; once is enough, as both read rows in the same way.
     commands = [("flows.cli", "check"), ("flows.pretrain", "simmim_vit")][: 2 if "ratoi" in new else 1]
     for command in commands:

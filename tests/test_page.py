@@ -19,8 +19,8 @@ from published import Published
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
+from flows import figures, results, workspace
 from flows import page as report_page
-from flows import workspace
 from flows.workspace import UserError
 
 SEEDS = {"seeds": [0, 1, 2], "labels": 1000}
@@ -77,8 +77,8 @@ def test_the_page_says_what_was_found_and_all_files_are_there(published: Publish
     )
     assert said["caveats"] == []
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
-        "index.html", "accuracy.png", "pretraining.png", "lr_grid.png", "gallery_simmim.png",
-        "table.md", "summary.json", "accuracy.csv",
+        "index.html", "accuracy.png", "pretraining.png", "lr_grid.png", "gallery_simmim.png", "recovery_simmim.png",
+        "table.md", "family.md", "family.csv", "summary.json", "accuracy.csv",
     }  # fmt: skip
     page = Page(Path(said["index"]).read_text())
     for words in (said["headline"], "+25.0 points", "d41d8cd98f00b204e9800998ecf8427e", "12,000 train", "mask_token"):
@@ -99,7 +99,7 @@ def test_the_page_says_what_was_found_and_all_files_are_there(published: Publish
 def test_the_page_needs_nothing_but_itself(published: Published, tmp_path: Path) -> None:
     text = Path(report_page.build(tmp_path / "report")["index"]).read_text()
     page = Page(text)
-    assert len(page.sources) == 4
+    assert len(page.sources) == 5
     for source in page.sources:
         assert source.startswith("data:image/png;base64,")
         Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))).verify()
@@ -164,7 +164,8 @@ def test_several_arms_are_counted_with_their_losses(published: Published, tmp_pa
     published.judged("down", "simmim", {0: 0.20, 1: 0.22, 2: 0.235})
     said = report_page.build(tmp_path / "report")
     assert said["headline"].startswith(
-        "3 arms were compared with training from scratch: 1 with a gain, 1 with a loss, 1 undecided. Pretraining on"
+        "3 arms were compared with training the same encoder from scratch: 1 with a gain, 1 with a loss, 1 undecided. "
+        "The largest gain: Pretraining on"
     )
     assert any("none is corrected for their number" in caveat for caveat in said["caveats"])
 
@@ -186,6 +187,178 @@ def test_what_a_reader_has_to_know_is_said(published: Published, tmp_path: Path)
         assert words in text
     assert said["absent"] == ["pretrain later"]
     assert "made by other code" in Page(Path(said["index"]).read_text()).text
+
+
+def test_much_that_is_not_published_is_counted_and_not_listed(published: Published, tmp_path: Path) -> None:
+    later = [f"later{index}" for index in range(9)]
+    tuned = {f"{row}_ft": {**SEEDS, "init": row} for row in ("simmim", *later)}
+    published.rows(["simmim", *later], {"scratch": SEEDS}, tuned, fitted={"clusters": {}})
+    said = report_page.build(tmp_path / "report")
+    assert said["caveats"] == [
+        "Not published, and so not in this report: 1 of 1 fit_target rows, 10 of 11 pretrain rows, "
+        "9 of 11 downstream rows."
+    ]
+    text = Page(Path(said["index"]).read_text()).text
+    assert f"Not run: {', '.join(later)}, clusters." in text
+    assert text.count("later3") == 1
+
+
+def test_many_runs_by_other_code_are_counted_too(published: Published, tmp_path: Path) -> None:
+    rows = [f"row{index}" for index in range(8)]
+    published.rows(rows, {"scratch": SEEDS}, {})
+    for row in rows:
+        published.pretrained(row, code="0" * 32)
+    said = report_page.build(tmp_path / "report")
+    assert (
+        "Made by other code than the code that lies here now: 8 of 9, such as pretrain row0, pretrain row1, "
+        "pretrain row2." in said["caveats"]
+    )
+
+
+def test_an_encoder_of_its_own_without_a_baseline_is_not_compared(published: Published, tmp_path: Path) -> None:
+    wider = {"encoder": {"name": "vit", "patch_px": 4, "width": 96, "depth": 2, "heads": 3}}
+    tuned = {"simmim_ft": {**SEEDS, "init": "simmim"}, "wider_ft": {**SEEDS, "init": "wider"}}
+    published.rows({"simmim": {}, "wider": wider}, {"scratch": SEEDS}, tuned)
+    published.pretrained("wider")
+    published.judged("wider_ft", "wider", {0: 0.9, 1: 0.9, 2: 0.9})
+    said = report_page.build(tmp_path / "report")
+    assert "from 32.0 % to 57.0 %" in said["headline"]
+    assert "Not compared, as no baseline has their encoder, task, data and labels: wider_ft." in said["caveats"]
+    assert "no baseline with this encoder" in (tmp_path / "report" / "table.md").read_text()
+
+
+def family_of(published: Published, tmp_path: Path) -> tuple[dict[str, dict[str, str]], Page]:
+    """A family of three methods, one of them with a tokenizer, on two budgets of labels; its table and page."""
+    more = {"seeds": [0, 1, 2], "labels": 2000}
+    pretrain = {
+        "simmim_vit": {},
+        "mae": {
+            "mask": {"name": "random", "ratio": 0.75, "unit_px": 4},
+            "fill": "drop",
+            "head": {"name": "transformer_decoder", "width": 48, "depth": 1, "heads": 3},
+            "target": {"name": "pixels", "normalise": "patch"},
+            "loss": "l2",
+        },
+        "hog": {"target": {"name": "hog", "cell_px": 4}, "loss": {"name": "l2", "scope": "all"}},
+    }
+    tuned = {
+        "simmim_1000": {**SEEDS, "init": "simmim_vit"},
+        "simmim_2000": {**more, "init": "simmim_vit"},
+        "clusters_1000": {**SEEDS, "init": "clusters"},
+    }
+    published.rows(pretrain, {"scratch": SEEDS, "scratch_2000": more}, tuned, fitted={"clusters": {}})
+    published.tokenizer(hours=0.25)
+    published.pretrained("simmim_vit", hours=0.5)
+    published.pretrained("mae", hours=0.25)
+    published.pretrained("hog", hours=0.6, without=("hole_psnr",))
+    published.pretrained("clusters", hours=0.5, parents=["targets/colours"])
+    published.judged("scratch_2000", "scratch", {0: 0.4, 1: 0.42, 2: 0.44}, labels=2000)
+    published.judged("simmim_1000", "simmim_vit", {0: 0.55, 1: 0.58, 2: 0.58})
+    published.judged("simmim_2000", "simmim_vit", {0: 0.41, 1: 0.41, 2: 0.445}, labels=2000)
+    published.judged("clusters_1000", "clusters", {0: 0.35, 1: 0.36, 2: 0.39}, hours=0.1)
+    said = report_page.build(tmp_path / "report")
+    top, _, *lines = [line for line in (tmp_path / "report/family.md").read_text().splitlines() if line[:1] == "|"]
+    head = [cell.strip() for cell in top.strip("|").split("|")]
+    table = [dict(zip(head, [cell.strip() for cell in line.strip("|").split("|")], strict=True)) for line in lines]
+    return {line["row"]: line for line in table}, Page(Path(said["index"]).read_text())
+
+
+def test_the_family_stands_side_by_side(published: Published, tmp_path: Path) -> None:
+    table, _ = family_of(published, tmp_path)
+    assert list(table) == ["simmim_vit", "mae", "hog", "clusters", "scratch, scratch_2000"]
+    words = "mask x fill x encoder x head x target x loss"
+    assert table["simmim_vit"][words] == "random (0.6) x mask_token x vit (48, 2) x linear x pixels x l1"
+    assert table["mae"][words] == ("random (0.75) x drop x vit (48, 2) x transformer_decoder x pixels (patch) x l2")
+    assert table["hog"][words].endswith("hog x l2 (all)")
+    assert table["clusters"][words].endswith("clusters (colours) x cross_entropy")
+    assert table["scratch, scratch_2000"][words] == "from scratch: vit (48, 2)"
+    first = table["simmim_vit"]
+    assert (first["hidden, %"], first["AvgDist, px"], first["PSNR, dB"]) == ("59", "2.35", "17.9")
+    assert first["parameters, encoder / all"] == "2.6 M / 2.7 M"
+    assert first["wall time"] == "15 min 00 s"
+    assert table["hog"]["PSNR, dB"] == "-"
+
+
+def test_accuracies_of_the_family_come_with_their_verdicts(published: Published, tmp_path: Path) -> None:
+    table, page = family_of(published, tmp_path)
+    few, many = (f"test accuracy, % [95 %], {labels} labels" for labels in ("1,000", "2,000"))
+    assert table["simmim_vit"][few] == "57.0 [52.7, 61.3]; +25.0 points [22.5, 27.5]"
+    assert table["simmim_vit"][many].endswith("; no difference (+0.2 points [-2.4, 2.8])")
+    assert table["mae"][few] == table["clusters"][many] == "-"
+    assert table["scratch, scratch_2000"][few] == "32.0 [27.0, 37.0]"
+    assert table["scratch, scratch_2000"][many] == "42.0 [37.0, 47.0]"
+    for words in ("57.0 [52.7, 61.3]", "no difference (+0.2 points", "scratch, scratch_2000", few):
+        assert words in page.text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_a_tokenizer_counts_in_the_cost_of_what_is_pretrained_on_it(published: Published, tmp_path: Path) -> None:
+    table, page = family_of(published, tmp_path)
+    costs = {row: (line["device-hours"], line["cost relative to simmim_vit"]) for row, line in table.items()}
+    assert costs == {
+        "simmim_vit": ("0.500", "1.00"),
+        "mae": ("0.250", "0.50"),
+        "hog": ("0.600", "1.20"),
+        "clusters": ("0.750, of which the tokenizer colours 0.250", "1.50"),
+        "scratch, scratch_2000": ("-", "-"),
+    }
+    numbers = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert numbers["pretrain"]["clusters"]["device_hours_with_tokenizer"] == pytest.approx(0.75)
+    assert numbers["downstream"]["clusters_1000"]["device_hours_with_pretraining"] == pytest.approx(0.85)
+    assert numbers["targets"]["colours"]["perplexity"] == 6.2
+    for words in ("Tokenizers", "palette (codes 8)", "27.5", "fit_target colours"):
+        assert words in page.text
+    # Three figures, two pictures of each of four methods, one of the tokenizer.
+    assert len(page.sources) == 3 + 4 * 2 + 1
+
+
+def test_the_numbers_of_the_family_are_there_as_csv(published: Published, tmp_path: Path) -> None:
+    family_of(published, tmp_path)
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "report" / "family.csv").read_text())))
+    assert [line["arm"] for line in lines] == [
+        "simmim_1000", "simmim_2000", "", "", "clusters_1000", "scratch", "scratch_2000"
+    ]  # fmt: skip
+    first, fitted = lines[0], lines[4]
+    assert float(first["test_accuracy"]) == pytest.approx(0.57)
+    assert float(first["difference"]) == pytest.approx(0.25)
+    assert (first["mask"], first["fill"], first["labels"]) == ("random (0.6)", "mask_token", "1000")
+    assert float(fitted["device_hours"]) == pytest.approx(0.75)
+    assert float(fitted["tokenizer_device_hours"]) == pytest.approx(0.25)
+    assert lines[-1]["fill"] == lines[-1]["device_hours"] == ""
+
+
+def test_without_the_usual_row_the_cheapest_is_the_unit_of_cost(published: Published, tmp_path: Path) -> None:
+    published.rows(["long", "quick"], {}, {})
+    published.pretrained("long", hours=0.6)
+    published.pretrained("quick", hours=0.2)
+    shutil.rmtree(published.root / "runs" / "downstream")
+    report_page.build(tmp_path / "report")
+    text = (tmp_path / "report" / "family.md").read_text()
+    assert "cost relative to quick" in text
+    assert "| 3.00 |" in text
+
+
+def test_a_large_family_is_drawn_with_a_colour_a_row_and_room_for_each(published: Published, tmp_path: Path) -> None:
+    methods = [f"method_{index}" for index in range(9)]
+    more = {"seeds": [0, 1, 2], "labels": 2000}
+    tuned = {f"{row}_1000": {**SEEDS, "init": row} for row in methods}
+    tuned |= {f"{row}_2000": {**more, "init": row} for row in methods[:2]}
+    published.rows(methods, {"scratch": SEEDS, "scratch_2000": more}, tuned)
+    published.judged("scratch_2000", "scratch", {0: 0.3, 1: 0.32, 2: 0.34}, labels=2000)
+    for row in methods:
+        published.pretrained(row)
+    for row, one in tuned.items():
+        published.judged(row, str(one["init"]), {0: 0.5, 1: 0.52, 2: 0.54}, labels=int(str(one["labels"])))
+    # A layout that does not fit is a warning, and so a failure here.
+    said = report_page.build(tmp_path / "report")
+    assert said["headline"].startswith(
+        "11 arms were compared with training the same encoder from scratch: 11 with a gain"
+    )
+    drawn = figures.looks(results.read().arms, figures.colours(methods))
+    assert len({drawn[f"{row}_1000"].colour for row in methods}) == 9
+    assert len({(look.colour, look.marker) for look in drawn.values()}) == len(drawn)
+    with Image.open(tmp_path / "report" / "accuracy.png") as image:
+        # 13 arms in two groups; lines of 8 point type need 0.2 in and more.
+        assert image.height / 200 / 13 > 0.3
 
 
 def test_pretraining_alone_makes_a_report_and_nothing_makes_none(published: Published, tmp_path: Path) -> None:
@@ -211,6 +384,7 @@ def test_a_fault_in_an_input_leaves_the_old_report_whole(published: Published, t
 def test_equal_results_make_equal_bytes_and_old_galleries_go(published: Published, tmp_path: Path) -> None:
     report_page.build(tmp_path / "report")
     before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
-    (tmp_path / "report" / "gallery_gone.png").write_bytes(b"")
+    for name in ("gallery_gone.png", "recovery_gone.png", "tokenizer_gone.png"):
+        (tmp_path / "report" / name).write_bytes(b"")
     report_page.build(tmp_path / "report")
     assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before

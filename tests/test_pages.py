@@ -38,7 +38,7 @@ def browser(folder: Path) -> Iterator[ClientConnection]:
     process = subprocess.Popen(
         [
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", *quiet.split(), f"--user-data-dir={profile}",
-            "--window-size=1500,1800", "--remote-debugging-port=0", "about:blank",
+            "--window-size=1500,2400", "--remote-debugging-port=0", "about:blank",
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -92,7 +92,14 @@ def port(clone: Clone, name: str) -> str:
 
 def test_the_compare_page_shows_both_arms_and_their_accuracy(served: Clone, tmp_path: Path) -> None:
     address = next(word for word in served.output.split() if "compare-runs?runs=" in word)
-    look(address, tmp_path, "downstream scratch", "downstream simmim_vit_100", "test_accuracy", "Parallel Coordinates")
+    look(
+        address,
+        tmp_path,
+        "downstream scratch_2000",
+        "downstream simmim_vit_2000",
+        "test_accuracy",
+        "Parallel Coordinates",
+    )
 
 
 def test_the_run_page_shows_metrics_curves_and_artifacts(served: Clone, tmp_path: Path) -> None:
@@ -118,4 +125,4 @@ def test_the_flow_run_page_and_the_artifact_show_the_gallery(served: Clone, tmp_
 
 def test_the_report_opens_from_its_file(served: Clone, tmp_path: Path) -> None:
     report = (served.folder / "report" / "index.html").as_uri()
-    look(report, tmp_path, "simmim_vit_100", "scratch", "data:image/png;base64,", "hole")
+    look(report, tmp_path, "simmim_vit_2000", "scratch", "data:image/png;base64,", "hole")

@@ -35,14 +35,68 @@ def mlflow_client(clone: Clone) -> MlflowClient:
 def test_demo_prints_the_result_the_time_and_where_to_look(served: Clone) -> None:
     said = served.output
     assert "Traceback" not in said
-    for expected in ("simmim_vit_100", "scratch", "test accuracy", "orchestration", "index.html", "compare-runs?runs="):
+    for expected in (
+        "simmim_vit_2000",
+        "scratch_2000",
+        "test accuracy",
+        "orchestration",
+        "index.html",
+        "compare-runs?runs=",
+    ):
         assert expected in said
     assert re.search(r"pretrain simmim_vit .*step \d+/\d+ .*loss \d\.\d+ .*images/s", said)
 
 
+def test_the_demo_runs_its_own_rows_and_dvc_the_rest(served: Clone) -> None:
+    ran = re.findall(r"Running stage '(.+)'", served.output)
+    assert set(ran[:-1]) == {
+        "prepare@scenes", "pretrain@simmim_vit", "baseline@scratch_2000", "downstream@simmim_vit_2000"
+    }  # fmt: skip
+    assert ran[-1] == "report"
+    assert re.findall(r"Running stage '(.+)'", served.rest) == ["fit_target@codes", "pretrain_fitted@tokens", "report"]
+
+
+def test_a_fitted_target_is_published_and_names_its_parent(served: Clone) -> None:
+    codes, tokens = manifest(served, "targets", "codes"), manifest(served, "pretrain", "tokens")
+    assert codes["stage"] == "fit_target"
+    assert tokens["parents"] == ["targets/codes"]
+    assert codes["metrics"]["psnr"] > 0
+    assert 0 < codes["metrics"]["codes_used"] <= 1
+    assert 1 <= codes["metrics"]["perplexity"] <= 16
+    # 0.4 of the patches at least are asked for.
+    assert 0.3 < tokens["metrics"]["hidden_share"] < 0.6
+    assert tokens["metrics"]["avg_distance_px"] > 0
+    for folder, names in (
+        ("targets/codes", ("tokenizer.safetensors", "gallery.png", "curve.csv", "metrics.json")),
+        ("pretrain/tokens", ("encoder.safetensors", "model.safetensors", "gallery.png", "recovery.png", "curve.csv")),
+    ):
+        for name in names:
+            assert (served.folder / "runs" / folder / name).stat().st_size > 0
+    names = {artifact.path for artifact in mlflow_client(served).list_artifacts(codes["mlflow_run_id"])}
+    assert {"gallery.png", "manifest.json", "params.json", "curve.csv"} <= names
+
+
+def test_dvc_knows_that_the_tokenizer_comes_first(served: Clone) -> None:
+    params = served.folder / "params" / "targets.yaml"
+    text = params.read_text()
+    try:
+        served.edit("params/targets.yaml", ("epochs: 2", "epochs: 3"))
+        assert set(json.loads(served.dvc("status", "--json", "--with-deps", "pretrain_fitted@tokens"))) == {
+            "fit_target@codes"
+        }
+        assert json.loads(served.dvc("status", "--json", "--with-deps", "downstream@simmim_vit_2000")) == {}
+    finally:
+        params.write_text(text)
+
+
 def test_every_run_leaves_a_manifest_and_the_served_records_agree_with_it(served: Clone) -> None:
     client = mlflow_client(served)
-    for stage, row in (("pretrain", "simmim_vit"), ("pretrain", "other"), ("downstream", "scratch")):
+    for stage, row in (
+        ("targets", "codes"),
+        ("pretrain", "tokens"),
+        ("pretrain", "simmim_vit"),
+        ("downstream", "scratch_2000"),
+    ):
         said = manifest(served, stage, row)
         assert said["data"]["md5"] == json.loads((served.folder / "packs/scenes/meta.json").read_text())["md5"]
         assert said["git"]["commit"]
@@ -55,13 +109,13 @@ def test_every_run_leaves_a_manifest_and_the_served_records_agree_with_it(served
             assert run.data.metrics[key] == pytest.approx(value)
         flow = prefect(served, "/flow_runs/filter", {"flow_runs": {"id": {"any_": [said["prefect_flow_run_id"]]}}})
         assert [one["state"]["type"] for one in flow] == ["COMPLETED"]
-    arm = manifest(served, "downstream", "simmim_vit_100")
+    arm = manifest(served, "downstream", "simmim_vit_2000")
     assert arm["parents"] == ["pretrain/simmim_vit"]
 
 
 def test_runs_are_nested_and_curves_have_each_step_once(served: Clone) -> None:
     client = mlflow_client(served)
-    parent = client.get_run(manifest(served, "downstream", "scratch")["mlflow_run_id"])
+    parent = client.get_run(manifest(served, "downstream", "scratch_2000")["mlflow_run_id"])
     children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     # Two rates with the first seed, and the second seed at the chosen one.
     assert len(children) == 3
@@ -78,7 +132,7 @@ def test_gallery_params_manifest_and_system_metrics_are_in_mlflow(served: Clone)
     client = mlflow_client(served)
     run = manifest(served, "pretrain", "simmim_vit")["mlflow_run_id"]
     names = {artifact.path for artifact in client.list_artifacts(run)}
-    assert {"gallery.png", "manifest.json", "params.json", "curve.csv"} <= names
+    assert {"gallery.png", "recovery.png", "manifest.json", "params.json", "curve.csv"} <= names
     assert any(key.startswith("system/") for key in client.get_run(run).data.metrics)
 
 
@@ -110,8 +164,20 @@ def test_registered_encoder_embeds_images_as_the_weights_do(served: Clone) -> No
 def test_prefect_holds_the_gallery_and_the_table(served: Clone) -> None:
     artifacts = prefect(served, "/artifacts/filter", {})
     found = {(one["key"], one["type"]) for one in artifacts}
-    assert {("gallery-simmim-vit", "image"), ("result-scratch", "table"), ("table", "markdown")} <= found
-    assert ("accuracy", "image") in found
+    assert {("gallery-simmim-vit", "image"), ("result-scratch-2000", "table"), ("table", "markdown")} <= found
+    assert {("accuracy", "image"), ("family", "markdown"), ("recovery-simmim-vit", "image")} <= found
+    assert {("tokenizer-gallery-codes", "image"), ("tokenizer-result-codes", "markdown")} <= found
+
+
+def test_the_report_tells_of_the_family(served: Clone) -> None:
+    table = (served.folder / "report" / "family.md").read_text()
+    assert "cost relative to simmim_vit" in table
+    for words in ("random (0.6) x mask_token x vit (32, 2) x linear x pixels x l1", "of which the tokenizer codes"):
+        assert words in table
+    assert "from scratch: vit (32, 2)" in table
+    page = (served.folder / "report" / "index.html").read_text()
+    assert "<h2>Tokenizers</h2>" in page
+    assert page.count("data:image/png;base64,") == 3 + 2 * 2 + 1
 
 
 def test_a_second_demo_does_nothing_but_say_so(served: Clone) -> None:
@@ -124,13 +190,13 @@ def test_a_second_demo_does_nothing_but_say_so(served: Clone) -> None:
 def test_a_changed_ratio_reruns_its_row_and_what_hangs_on_it(served: Clone, tmp_path: Path) -> None:
     params = served.folder / "params" / "pretrain.yaml"
     text = params.read_text()
-    before = {name: manifest(served, *name) for name in (("pretrain", "other"), ("downstream", "scratch"))}
+    before = {name: manifest(served, *name) for name in (("pretrain", "tokens"), ("downstream", "scratch_2000"))}
     try:
         served.edit("params/pretrain.yaml", ("ratio: 0.6", "ratio: 0.7"))
         assert set(json.loads(served.dvc("status", "--json"))) == {"pretrain@simmim_vit"}
         said = served.dvc("repro")
         ran = re.findall(r"Running stage '(.+)'", said)
-        assert ran == ["pretrain@simmim_vit", "downstream@simmim_vit_100", "report"]
+        assert ran == ["pretrain@simmim_vit", "downstream@simmim_vit_2000", "report"]
         assert {name: manifest(served, *name) for name in before} == before
     finally:
         params.write_text(text)
@@ -155,7 +221,7 @@ def test_experiments_run_and_compare(served: Clone) -> None:
 def test_plots_show_holds_curves_and_pictures(served: Clone, tmp_path: Path) -> None:
     served.dvc("plots", "show", "--out", str(tmp_path / "plots"))
     page = (tmp_path / "plots" / "index.html").read_text()
-    for expected in ("gallery.png", "accuracy.png", "simmim_vit, pretraining loss"):
+    for expected in ("gallery.png", "recovery.png", "accuracy.png", "simmim_vit, pretraining loss", "codes, PSNR"):
         assert expected in page
 
 
@@ -210,9 +276,44 @@ def test_a_killed_training_resumes_to_the_same_weights_and_the_same_run(
 
 def test_a_stage_runs_and_is_recorded_with_no_server_up(clone: Clone, served: Clone) -> None:
     borrow(clone, served)
-    said = clone.dvc("repro", "--single-item", "pretrain@other")
+    said = clone.dvc("repro", "--single-item", "fit_target@codes")
     assert "Traceback" not in said
     client = MlflowClient(f"sqlite:///{clone.folder / '.unmask' / 'mlflow' / 'mlflow.db'}")
-    run = client.get_run(manifest(clone, "pretrain", "other")["mlflow_run_id"])
+    run = client.get_run(manifest(clone, "targets", "codes")["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} >= {"gallery.png", "manifest.json"}
+
+
+def test_missing_weights_name_the_command_that_makes_them(clone: Clone, served: Clone) -> None:
+    borrow(clone, served)
+    for module, row, made_by in (
+        ("flows.pretrain", "tokens", "dvc repro fit_target@codes"),
+        ("flows.downstream", "simmim_vit_2000", "dvc repro pretrain@simmim_vit"),
+    ):
+        said = clone.run(sys.executable, "-m", module, row, fails=True)
+        assert made_by in said
+        assert "Traceback" not in said
+    assert not (clone.folder / "runs").exists()
+
+
+def test_a_collapsed_codebook_stops_the_stage_with_advice(clone: Clone, served: Clone) -> None:
+    borrow(clone, served)
+    # No use of 16 codes has a perplexity of 16 but the perfectly even one.
+    clone.edit("params/targets.yaml", ("least_perplexity: 1.0", "least_perplexity: 16.0"))
+    said = clone.run(sys.executable, "-m", "flows.fit_target", "codes", fails=True)
+    assert "the codebook has collapsed" in said
+    assert "kl_weight" in said
+    assert "Traceback" not in said
+    assert not (clone.folder / "runs" / "targets").exists()
+
+
+def test_a_pipeline_without_fitted_rows_is_one_too(clone: Clone, served: Clone) -> None:
+    borrow(clone, served)
+    (clone.folder / "params" / "targets.yaml").write_text("targets: {}\n")
+    text = (clone.folder / "params" / "pretrain.yaml").read_text()
+    start, end = text.index("  tokens:"), text.index("pretrain:\n")
+    (clone.folder / "params" / "pretrain.yaml").write_text(text[:start].replace(":\n", ": {}\n") + text[end:])
+    assert "simmim_vit" in clone.unmask("check")
+    stages = {line.split()[0] for line in clone.dvc("stage", "list", "--all").splitlines()}
+    assert "pretrain@simmim_vit" in stages
+    assert not any("fit" in stage for stage in stages)

@@ -53,7 +53,7 @@ def test_an_arm_has_its_mean_interval_and_paired_difference(published: Published
     assert gain.mean == pytest.approx(0.25)
     assert gain.half == pytest.approx(T2 * 0.01 / math.sqrt(3), rel=1e-9)
     assert tuned.verdict == "+25.0 points [22.5, 27.5]"
-    assert (tuned.baseline, tuned.same_encoder, tuned.lr) == ("scratch", True, 1.0e-3)
+    assert (tuned.baseline, tuned.lr) == ("scratch", 1.0e-3)
     assert tuned.seeds == {0: 0.55, 1: 0.58, 2: 0.58}
     assert (tuned.device_hours, tuned.pretrain_device_hours) == (0.2, 0.5)
     assert tuned.total_device_hours == pytest.approx(0.7)
@@ -120,6 +120,50 @@ def test_the_baseline_is_the_strongest_with_the_same_task_and_encoder(published:
     arms = by_row(results.read())
     assert arms["tuned"].baseline == "strong"
     assert (arms["alone"].baseline, arms["alone"].verdict) == (None, "no baseline")
+
+
+@pytest.mark.parametrize("named", ["relative", "relative_per_block"])
+def test_a_bias_for_each_block_is_what_fine_tuning_makes_of_a_shared_one(published: Published, named: str) -> None:
+    vit = {"name": "vit", "patch_px": 4, "width": 48, "depth": 2, "heads": 3}
+    own = {"encoder": {**vit, "positions": "relative"}}
+    baselines = {"plain": SEEDS, "same": {**SEEDS, "encoder": {**vit, "positions": named}}}
+    published.rows({"beit": own}, baselines, {"tuned": {**SEEDS, "init": "beit"}})
+    published.judged("plain", "scratch", dict.fromkeys((0, 1, 2), 0.4))
+    published.judged("same", "scratch", dict.fromkeys((0, 1, 2), 0.2))
+    published.judged("tuned", "beit", dict.fromkeys((0, 1, 2), 0.5))
+    assert by_row(results.read())["tuned"].baseline == "same"
+
+
+def test_what_weights_begin_as_is_no_part_of_the_encoder(published: Published) -> None:
+    vit = {"name": "vit", "patch_px": 4, "width": 48, "depth": 2, "heads": 3, "positions": "sincos"}
+    own, plain = {"encoder": {**vit, "init": "xavier"}}, {**SEEDS, "encoder": vit}
+    published.rows({"mae": own}, {"scratch": plain}, {"ft": {**SEEDS, "init": "mae"}})
+    published.judged("scratch", "scratch", {0: 0.30, 1: 0.32, 2: 0.34})
+    published.judged("ft", "mae", {0: 0.55, 1: 0.58, 2: 0.58})
+    assert by_row(results.read())["ft"].baseline == "scratch"
+
+
+def test_an_arm_of_another_encoder_is_compared_with_none(published: Published) -> None:
+    wider = {"encoder": {"name": "vit", "patch_px": 4, "width": 96, "depth": 2, "heads": 3}}
+    published.rows({"wide": wider}, {"scratch": SEEDS}, {"ft": {**SEEDS, "init": "wide"}})
+    published.judged("scratch", "scratch", {0: 0.3, 1: 0.3})
+    published.judged("ft", "wide", {0: 0.5, 1: 0.5})
+    arm = by_row(results.read())["ft"]
+    assert (arm.baseline, arm.difference, arm.verdict) == (None, None, "no baseline with this encoder")
+
+
+def test_a_fitted_row_costs_its_tokenizer_too(published: Published) -> None:
+    published.rows([], {}, {"ft": {**SEEDS, "init": "clusters"}}, fitted={"clusters": {}})
+    published.pretrained("clusters", hours=0.5)
+    published.judged("ft", "clusters", {0: 0.5, 1: 0.5}, hours=0.1)
+    found = results.read()
+    assert (found.pretrained["clusters"].device_hours, found.arms[0].total_device_hours) == (None, None)
+    published.tokenizer("colours", hours=0.25)
+    found = results.read()
+    assert found.pretrained["clusters"].fitted == "colours"
+    assert found.pretrained["clusters"].device_hours == pytest.approx(0.75)
+    assert found.arms[0].total_device_hours == pytest.approx(0.85)
+    assert found.tokenizers["colours"].manifest["metrics"]["psnr"] == 27.5
 
 
 def test_what_is_not_published_is_named(published: Published) -> None:

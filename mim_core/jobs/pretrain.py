@@ -138,17 +138,21 @@ def recoveries(objective: Pretext, held: Split, seed: int) -> dict[str, dict[str
     grid = objective.model.encoder.grid
     unit_px = _unit(grid.patch_px, min(grid.height, grid.width))
     units, times = Grid(grid.height, grid.width, unit_px), unit_px // grid.patch_px
-    labelled = (held.folder / "instances.npy").exists()
-    kinds = ["random", *(reversed(OBJECT_MASKS) if labelled else ())]
+    kinds, shown = ["random"], list(range(min(RECOVERED, len(held))))
+    if (held.folder / "instances.npy").exists():
+        labels = held.array("instances")
+        with_object = [index for index in range(min(VALIDATED, len(held))) if labels[index].any()]
+        if with_object:
+            kinds, shown = ["random", *reversed(OBJECT_MASKS)], with_object[:RECOVERED]
     found: dict[str, dict[str, Tensor]] = {}
     for kind in kinds:
         parts = []
-        for index in range(min(RECOVERED, len(held))):
+        for index in shown:
             rng = generator(seed, 0, index)
             if kind == "random":
                 hidden = random(rng, units, ratio=0.6, unit_px=unit_px)
             else:
-                hidden = OBJECT_MASKS[kind](rng, units, held.array("instances")[index])
+                hidden = OBJECT_MASKS[kind](rng, units, labels[index])
             hidden = hidden.repeat(times, 0).repeat(times, 1).reshape(1, -1)
             parts.append(objective.recover(Masked(held.tensor(index)[None], torch.from_numpy(hidden))))
         found[kind] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,112 @@
+"""The papers' full-size recipes: a list of them, and one as a row for params/pretrain.yaml."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from flows import family, rows, workspace
+
+SECTIONS = ("pretrain", "pretrain_fitted")
+FILE = "recipes.yaml"
+
+
+def listing() -> Iterator[str]:
+    """Say each recipe in a line: its pieces, length, batch and learning rates."""
+    from mim_core.params import PretrainRow
+
+    found: dict[str, PretrainRow] = _load().pretrained()
+    width = max(map(len, found), default=0)
+    for name, row in found.items():
+        optim, pieces = row.optim, " x ".join(family.short(row.model_dump(mode="json")).values())
+        yield f"{name:{width}}  {pieces}; {optim.epochs:g} epochs, batch {optim.batch:,}, {_rate(optim)}"
+
+
+def recipe(name: str, dataset: str | None = None) -> str:
+    """Give a recipe as YAML to be appended to params/pretrain.yaml, below comments that say what it comes to.
+
+    `dataset` takes the place of the recipe's own. Raises UserError where either is not known.
+    """
+    known = _load()
+    given = known.model_dump(mode="json")
+    rows.find(given, SECTIONS, name)
+    row, section = known.pretrained()[name], next(one for one in SECTIONS if name in given[one])
+    source = given["data"][row.data]["source"]
+    content = yaml.safe_load((workspace.params_folder() / FILE).read_text())  # as written, with no default filled in
+    said = list(_comment(name))
+    said.append(
+        f"Learning rate: {_rate(row.optim)}. Length: {row.optim.epochs:g} epochs, {_steps(row.optim, dataset)}."
+    )
+    if dataset:
+        mine = rows.find(rows.load(), ("data",), dataset)["source"]
+        if mine["size_px"] != source["size_px"]:
+            said.append(
+                f"It is for images of {_px(source)}; {dataset} has {_px(mine)}, for which it may have to change."
+            )
+    else:
+        said.append(f"`{row.data}` is images of {_px(source)}; --data names the dataset that takes its place.")
+    if row.fitted:
+        said.append("It belongs below `pretrain_fitted:`, and its tokenizer into params/targets.yaml:")
+        target = {**content["targets"][row.fitted], "data": dataset or row.data}
+        said += ["  " + line for line in _yaml({row.fitted: target}).splitlines()]
+    made = {name: {**content[section][name], "data": dataset or row.data}}
+    return "".join(f"  # {line}\n" for line in said) + _indented(_yaml(made))
+
+
+def _load() -> Any:
+    from mim_core import params, spec
+
+    try:
+        return params.load_recipes(workspace.params_folder())
+    except spec.SpecError as error:
+        raise workspace.UserError(str(error)) from None
+
+
+def _comment(name: str) -> Iterator[str]:
+    """The comment that stands above a recipe in its file."""
+    above: list[str] = []
+    for line in (workspace.params_folder() / FILE).read_text().splitlines():
+        if line == f"  {name}:":
+            yield from above
+            return
+        above = [*above, line.strip().removeprefix("#").strip()] if line.startswith("  #") else []
+
+
+def _rate(optim: Any) -> str:
+    if optim.base_lr is None:
+        return f"lr {optim.lr:g}"
+    return f"base lr {optim.base_lr:g} for {optim.base_batch:,} images, lr {optim.rate:g} at batch {optim.batch:,}"
+
+
+def _steps(optim: Any, dataset: str | None) -> str:
+    meta = workspace.pack_folder(dataset) / "meta.json" if dataset else None
+    if not meta or not meta.exists():
+        return f"{optim.warmup_epochs:g} of warm-up; an epoch has (training images // {optim.batch:,}) steps"
+    images = json.loads(meta.read_text())["counts"]["train"]
+    steps, warmup = optim.steps(images)
+    few = f"; careful: {images:,} images are fewer than a batch" if images < optim.batch else ""
+    return f"{steps:,} steps with the {images:,} training images of {dataset}, {warmup:,} of them warm-up{few}"
+
+
+def _px(source: Mapping[str, Any]) -> str:
+    return "{} x {} px".format(*source["size_px"])
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    """Write rows in the style of params/: a line a key, what is inside in braces."""
+    lines = []
+    for name, row in value.items():
+        lines.append(f"{name}:\n")
+        for key, inner in row.items():
+            lines.append(
+                f"  {key}: {yaml.safe_dump(inner, default_flow_style=True, sort_keys=False, width=4096).strip()}"
+            )
+            lines[-1] = lines[-1].removesuffix("...").rstrip() + "\n"
+    return "".join(lines)
+
+
+def _indented(text: str) -> str:
+    return "".join(f"  {line}\n" for line in text.splitlines())
