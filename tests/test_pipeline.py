@@ -17,6 +17,9 @@ import pytest
 from conftest import Clone, prefect
 from mlflow.tracking import MlflowClient
 
+from flows import workspace
+from flows.stage import Stage, encoder_of, tokenizer_of
+
 pytestmark = [
     pytest.mark.orchestration,
     # MLflow's own code warns when its client and its models are loaded.
@@ -294,6 +297,30 @@ def test_missing_weights_name_the_command_that_makes_them(clone: Clone, served: 
         assert made_by in said
         assert "Traceback" not in said
     assert not (clone.folder / "runs").exists()
+
+
+def test_a_checkpoint_is_gone_on_from_only_with_the_weights_it_began_from(
+    clone: Clone, served: Clone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    borrow(clone, served)
+    monkeypatch.chdir(clone.folder)
+    monkeypatch.setenv("UNMASK_HOME", str(clone.folder / ".unmask"))
+    workspace.root.cache_clear()
+    keys = []
+    try:
+        for content in (b"some weights", b"others", b"some weights"):
+            for folder, name in (("targets/codes", "tokenizer"), ("pretrain/simmim_vit", "encoder")):
+                file = clone.folder / "runs" / folder / f"{name}.safetensors"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content)
+            tokens = Stage("pretrain", "tokens", ("pretrain", "pretrain_fitted"), tokenizer_of)
+            tuned = Stage("downstream", "simmim_vit_2000", ("downstream",), encoder_of)
+            assert (tokens.parents, tuned.parents) == (["targets/codes"], ["pretrain/simmim_vit"])
+            keys.append((tokens.key, tuned.key))
+    finally:
+        workspace.root.cache_clear()
+    assert keys[0] == keys[2]
+    assert not set(keys[0]) & set(keys[1])
 
 
 def test_a_collapsed_codebook_stops_the_stage_with_advice(clone: Clone, served: Clone) -> None:
