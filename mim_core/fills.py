@@ -29,7 +29,7 @@ class Fill(nn.Module):
     drops: ClassVar[bool] = False
     """Whether hidden tokens go, so that the encoder and the head have to work on those that are kept."""
     peeks: ClassVar[bool] = False
-    """Whether the encoder may see some of what the mask hides."""
+    """Whether the encoder may see some of what the mask hides, in training."""
 
     def __init__(self, width: int, grid: Grid, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -63,11 +63,8 @@ class BertMix(MaskToken):
     """Put the learned vector in place of most hidden embeddings only (ViT, appendix B.1.2, after BERT).
 
     Each hidden position draws for itself: with probability `token` it gets the vector, with probability `random` the
-    embedding of another patch of the same image, hidden or not, and else it stays as it is. The encoder so sees some
-    hidden content in the last two cases (`peeks`): what it predicts there is not a reconstruction of what it never saw.
-
-    In training draws come from torch's global generator. In evaluation they are fixed, and the same for every image,
-    so that a result depends neither on the run nor on how images fall into batches.
+    embedding of another patch of the same image, hidden or not, and else it stays as it is. In training the encoder so
+    sees some hidden content (`peeks`). In evaluation all get the vector: what is recovered there was never seen.
     """
 
     peeks: ClassVar[bool] = True
@@ -95,14 +92,10 @@ class BertMix(MaskToken):
     def tokens(
         self, tokens: Float[Tensor, "b n d"], hidden: Bool[Tensor, "b n"]
     ) -> tuple[Float[Tensor, "b n d"], Int[Tensor, "b k"] | None]:
+        if not self.training:
+            return super().tokens(tokens, hidden)
         (b, n), (token, random), device = hidden.shape, self.shares, hidden.device
-        if self.training:
-            draw, step = torch.rand(b, n, device=device), torch.randint(1, max(2, n), (b, n), device=device)
-        else:
-            # On the CPU, whose generator gives the same numbers whatever device the model is on.
-            fixed = torch.Generator().manual_seed(0)
-            draw = torch.rand(1, n, generator=fixed).to(device)
-            step = torch.randint(1, max(2, n), (1, n), generator=fixed).to(device)
+        draw, step = torch.rand(b, n, device=device), torch.randint(1, max(2, n), (b, n), device=device)
         other = ((torch.arange(n, device=device) + step) % n).expand(b, n)
         others = tokens.gather(1, other[..., None].expand_as(tokens))
         mixed = torch.where((draw < token + random)[..., None], others, tokens)

@@ -51,6 +51,7 @@ def test_no_row_lets_its_encoder_see_what_is_hidden(name: str) -> None:
     row = ROWS.pretrained()[name]
     torch.manual_seed(0)
     model, _ = assembled(row)
+    model.train()
     images = torch.randn(4, 3, 32, 32, requires_grad=True)
     hidden = masks(row, model.encoder.grid, 1).expand(4, -1)  # equally many in all, whatever the mask
     features, _, _ = model.encode(images, hidden)
