@@ -41,8 +41,8 @@ class Worker:
         self.threads, self.log, self.spans = threads, log, spans
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {
-            # Threads that wait for one another by spinning for long starve where anything else wants a core: two trained
-            # 453 images a second alone, but 77 beside one busy process; with this short spin 434 and 245.
+            # Threads that wait for one another by spinning for long starve where anything else wants a core: two of
+            # them trained 453 images a second alone but 77 beside one busy process; with this short spin 434 and 245.
             "GOMP_SPINCOUNT": "2000",
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
