@@ -85,10 +85,12 @@ def pretrain(row: PretrainRow, pack: Pack, folder: Path, seed: int, fitted: Path
     checkpoint.write_weights(folder / "encoder.safetensors", encoder.state_dict(), head)
     checkpoint.write_weights(folder / "model.safetensors", model.state_dict(), {"row": row.model_dump(mode="json")})
     drawn = [mask(generator(seed, 0, index), encoder.grid) for index in range(MEASURED)]
+    # Where a mask hides all, no distance is defined.
+    distances = [avg_distance(one, encoder.grid) for one in drawn if not one.all()]
     return {
         **result(folder, steps * batch, model, compute),
         "hidden_share": float(np.mean([one.mean() for one in drawn])),
-        "avg_distance_px": float(np.mean([avg_distance(one, encoder.grid) for one in drawn])),
+        **({"avg_distance_px": float(np.mean(distances))} if distances else {}),
         "encoder_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         "about": head,
     }
