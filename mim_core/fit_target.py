@@ -14,15 +14,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from mim_core.data.order import Address
+from mim_core.data.order import Address, read_images
 from mim_core.data.pack import Pack, Split, batched
 from mim_core.devices import Compute
-from mim_core.gallery import INK, PAPER, to_image
-from mim_core.masks import generator
+from mim_core.gallery import GAP, TOP, Cell, Sheet
+from mim_core.metrics import psnr
 from mim_core.spec import Strict
 from mim_core.tokenizers.dalle import DiscreteVAE
 from mim_core.transforms import Augment
@@ -70,13 +70,7 @@ class ImageFetch:
     seed: int
 
     def __call__(self, addresses: Sequence[Address]) -> UInt8[Tensor, "b c H W"]:
-        images = []
-        for epoch, index in addresses:
-            image = self.split.tensor(index)
-            if self.augment:
-                image = self.augment(image, generator(self.seed, epoch, index, stream=1))
-            images.append(image)
-        return torch.stack(images)
+        return read_images(self.split, addresses, self.augment, self.seed)
 
 
 def kl_to_uniform(logits: Float[Tensor, "b k h w"]) -> Float[Tensor, "b h w"]:
@@ -169,7 +163,7 @@ class Tally:
         """Give psnr, codes_used and perplexity; see `TokenizerFit.evaluate`."""
         shares = self.counts[self.counts > 0] / self.counts.sum()
         return {
-            "psnr": -10 * math.log10(self.error / self.values) if self.error else math.inf,
+            "psnr": psnr(self.error / self.values),
             "codes_used": len(shares) / len(self.counts),
             "perplexity": math.exp(-(shares * np.log(shares)).sum()),
         }
@@ -215,28 +209,18 @@ def picture(
 
     `note` stands at the foot. Tiles are about `tile` px wide, whole multiples of small images.
     """
-    height, width = images.shape[-2:]
-    scale = max(1, round(tile / width))
-    cell_h, cell_w = height * scale, width * scale
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    gap, head, foot, label = 4, 34, 26 if note else 8, 20
-    group, across = 2 * (cell_w + gap), min(across, len(images))
-    rows = -(-len(images) // across)
-    breadth = max(across * (group + 16) + 8, 20 + round(font.getlength(caption)), 20 + round(small.getlength(note)))
-    sheet = Image.new("RGB", (breadth, head + 20 + rows * (cell_h + label) + foot), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((10, 8), caption, INK, font)
+    across = min(across, len(images))
+    label, rows = 20, -(-len(images) // across)
+    cell = Cell.of(images, tile)
+    group = 2 * (cell.width + GAP) + 16
+    sheet = Sheet(across * group + 8, TOP + rows * (cell.height + label), caption, note, fit=True)
     for index, pair in enumerate(zip(images, reconstructions, strict=True)):
         row, side = divmod(index, across)
-        left, top = 10 + side * (group + 16), head + 20 + row * (cell_h + label)
+        left, top = 10 + side * group, TOP + row * (cell.height + label)
         for column, one in enumerate(pair):
-            at = left + column * (cell_w + gap)
+            at = left + column * (cell.width + GAP)
             if row == 0:
-                pen.text((at, head), COLUMNS[column], INK, small)
-            sheet.paste(to_image(one).resize((cell_w, cell_h), Image.Resampling.NEAREST), (at, top))
-        error = ((pair[0] - pair[1]) ** 2).mean().item()
-        psnr = -10 * math.log10(error) if error else math.inf
-        pen.text((left, top + cell_h + 2), f"PSNR {psnr:.1f} dB", INK, small)
-    if note:
-        pen.text((10, sheet.height - 20), note, INK, small)
-    return sheet
+                sheet.say(COLUMNS[column], at, 34)
+            sheet.paste(one, at, top, cell)
+        sheet.say(f"PSNR {psnr(((pair[0] - pair[1]) ** 2).mean().item()):.1f} dB", left, top + cell.height + 2)
+    return sheet.image

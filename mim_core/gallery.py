@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +14,45 @@ from mim_core.metrics import hole_psnr
 COLUMNS = ("input", "masked", "prediction", "composite")
 GREY = 0.55
 INK, PAPER = (34, 34, 34), (255, 255, 255)
+GAP, TOP = 4, 54
+"""Px between tiles, and above the first row of them: a caption and the names of columns."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The size in px of a tile: a whole multiple of the images'."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, images: Tensor, tile: int) -> Cell:
+        """Give the tiles of images [b, c, H, W] that are nearest to `tile` px wide."""
+        height, width = images.shape[-2:]
+        scale = max(1, round(tile / width))
+        return cls(height * scale, width * scale)
+
+
+class Sheet:
+    """A page of tiles below a caption, with a note at the foot; with `fit` no narrower than either."""
+
+    def __init__(self, width: int, height: int, caption: str, note: str = "", fit: bool = False) -> None:
+        """`height` is without the foot."""
+        font, self.small = ImageFont.load_default(15), ImageFont.load_default(12)
+        if fit:
+            width = max(width, 20 + round(font.getlength(caption)), 20 + round(self.small.getlength(note)))
+        self.image = Image.new("RGB", (width, height + (26 if note else 8)), PAPER)
+        self.pen = ImageDraw.Draw(self.image)
+        self.pen.text((10, 8), caption, INK, font)
+        if note:
+            self.say(note, 10, self.image.height - 20)
+
+    def say(self, text: str, left: int, top: int) -> None:
+        self.pen.text((left, top), text, INK, self.small)
+
+    def paste(self, image: Tensor, left: int, top: int, cell: Cell) -> None:
+        """Put one picture [c, H, W] in [0, 1] at a place."""
+        self.image.paste(to_image(image).resize((cell.width, cell.height), Image.Resampling.NEAREST), (left, top))
 
 
 def draw(pictures: Mapping[str, Tensor], caption: str, note: str = "", tile: int = 112, across: int = 2) -> Image.Image:
@@ -22,32 +62,23 @@ def draw(pictures: Mapping[str, Tensor], caption: str, note: str = "", tile: int
     at the foot. Tiles are about `tile` px wide, whole multiples of small images.
     """
     originals, hidden = pictures["originals"], pictures["hidden"]
-    masked = originals * ~hidden[:, None] + GREY * hidden[:, None]
-    columns = (originals, masked, pictures["predictions"], pictures["composites"])
-    height, width = originals.shape[-2:]
-    scale = max(1, round(tile / width))
-    cell_h, cell_w = height * scale, width * scale
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    gap, head, foot, label = 4, 34, 26 if note else 8, 20
-    group = 4 * (cell_w + gap)
-    rows = -(-len(originals) // across)
-    sheet = Image.new("RGB", (across * (group + 16) + 8, head + 20 + rows * (cell_h + label) + foot), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((10, 8), caption, INK, font)
+    columns = (originals, _masked(pictures), pictures["predictions"], pictures["composites"])
+    label, rows = 20, -(-len(originals) // across)
+    cell = Cell.of(originals, tile)
+    group = 4 * (cell.width + GAP) + 16
+    sheet = Sheet(across * group + 8, TOP + rows * (cell.height + label), caption, note)
     for index in range(len(originals)):
         row, side = index % rows, index // rows
-        left, top = 10 + side * (group + 16), head + 20 + row * (cell_h + label)
+        left, top = 10 + side * group, TOP + row * (cell.height + label)
         for column, images in enumerate(columns):
-            at = left + column * (cell_w + gap)
+            at = left + column * (cell.width + GAP)
             if row == 0:
-                pen.text((at, head), COLUMNS[column], INK, small)
-            sheet.paste(to_image(images[index]).resize((cell_w, cell_h), Image.Resampling.NEAREST), (at, top))
+                sheet.say(COLUMNS[column], at, 34)
+            sheet.paste(images[index], at, top, cell)
         one = slice(index, index + 1)
         psnr = hole_psnr(pictures["composites"][one], originals[one], hidden[one])
-        pen.text((left, top + cell_h + 2), f"hole PSNR {psnr:.1f} dB", INK, small)
-    if note:
-        pen.text((10, sheet.height - 20), note, INK, small)
-    return sheet
+        sheet.say(f"hole PSNR {psnr:.1f} dB", left, top + cell.height + 2)
+    return sheet.image
 
 
 def draw_recoveries(
@@ -58,35 +89,29 @@ def draw_recoveries(
     `kinds` maps a mask's name to pictures as `draw` takes them, of the same images in the same order.
     """
     first = next(iter(kinds.values()))["originals"]
-    count, (height, width) = len(first), first.shape[-2:]
-    scale = max(1, round(tile / width))
-    cell_h, cell_w = height * scale, width * scale
-    font, small = ImageFont.load_default(15), ImageFont.load_default(12)
-    gap, aside, head = 4, 12, 52
-    group = 2 * (cell_w + gap) + aside
-    size = (10 + cell_w + gap + aside + len(kinds) * group, head + count * (cell_h + gap) + (26 if note else 8))
-    sheet = Image.new("RGB", size, PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((10, 8), caption, INK, font)
-    pen.text((10, 34), "original", INK, small)
+    cell, aside, head = Cell.of(first, tile), 12, 52
+    first_group, group = cell.width + GAP + aside, 2 * (cell.width + GAP) + aside
+    size = (10 + first_group + len(kinds) * group, head + len(first) * (cell.height + GAP))
+    sheet = Sheet(*size, caption, note)
 
-    def paste(image: Tensor, left: int, row: int) -> None:
-        tile = to_image(image).resize((cell_w, cell_h), Image.Resampling.NEAREST)
-        sheet.paste(tile, (left, head + row * (cell_h + gap)))
+    def paste(images: Tensor, left: int) -> None:
+        for row, image in enumerate(images):
+            sheet.paste(image, left, head + row * (cell.height + GAP), cell)
 
-    for row in range(count):
-        paste(first[row], 10, row)
+    sheet.say("original", 10, 34)
+    paste(first, 10)
     for order, (kind, pictures) in enumerate(kinds.items()):
-        left = 10 + cell_w + gap + aside + order * group
-        pen.text((left, 34), f"{kind.replace('_', ' ')}: masked, recovered", INK, small)
-        hidden = pictures["hidden"][:, None]
-        masked = pictures["originals"] * ~hidden + GREY * hidden
-        for row in range(count):
-            paste(masked[row], left, row)
-            paste(pictures["composites"][row], left + cell_w + gap, row)
-    if note:
-        pen.text((10, sheet.height - 20), note, INK, small)
-    return sheet
+        left = 10 + first_group + order * group
+        sheet.say(f"{kind.replace('_', ' ')}: masked, recovered", left, 34)
+        paste(_masked(pictures), left)
+        paste(pictures["composites"], left + cell.width + GAP)
+    return sheet.image
+
+
+def _masked(pictures: Mapping[str, Tensor]) -> Tensor:
+    """Grey out what is hidden."""
+    hidden = pictures["hidden"][:, None]
+    return pictures["originals"] * ~hidden + GREY * hidden
 
 
 def to_image(image: Tensor) -> Image.Image:

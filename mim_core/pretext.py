@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mim_core.adversarial import Critic
-from mim_core.data.order import Address
+from mim_core.data.order import Address, read_images
 from mim_core.data.pack import Pack, Split
 from mim_core.devices import Compute
 from mim_core.encoders import ENCODERS
@@ -72,14 +72,9 @@ class MaskedFetch:
     seed: int
 
     def __call__(self, addresses: Sequence[Address]) -> Masked:
-        images, hidden = [], []
-        for epoch, index in addresses:
-            image = self.split.tensor(index)
-            if self.augment:
-                image = self.augment(image, generator(self.seed, epoch, index, stream=1))
-            images.append(image)
-            hidden.append(self.mask(generator(self.seed, epoch, index), self.grid).reshape(-1))
-        return Masked(torch.stack(images), torch.from_numpy(np.stack(hidden)))
+        images = read_images(self.split, addresses, self.augment, self.seed)
+        hidden = [self.mask(generator(self.seed, *address), self.grid).reshape(-1) for address in addresses]
+        return Masked(images, torch.from_numpy(np.stack(hidden)))
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mim_core.data.pack import Split
 from mim_core.masks import generator
+from mim_core.transforms import Augment
 
 Address = tuple[int, int]
 """(epoch, index of the image): what a sample's random draws are addressed by."""
@@ -43,6 +48,17 @@ class Order(Sampler[list[Address]]):
                 shuffled = epoch, generator(self.seed, epoch, 0, stream=2).permutation(self.indices)
             for_step = shuffled[1][at * self.batch : (at + 1) * self.batch]
             yield [(epoch, int(index)) for index in for_step]
+
+
+def read_images(
+    split: Split, addresses: Sequence[Address], augment: Augment | None, seed: int
+) -> UInt8[Tensor, "b c H W"]:
+    """Read a batch's images, each augmented by its own generator."""
+    images = []
+    for epoch, index in addresses:
+        image = split.tensor(index)
+        images.append(augment(image, generator(seed, epoch, index, stream=1)) if augment else image)
+    return torch.stack(images)
 
 
 class Fetched(Dataset[Any]):

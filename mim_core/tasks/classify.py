@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mim_core.data.order import Address
+from mim_core.data.order import Address, read_images
 from mim_core.data.pack import Pack, Split, batched
 from mim_core.devices import Compute
-from mim_core.masks import generator
 from mim_core.metrics import accuracy
 from mim_core.transforms import Augment, normalise
 
@@ -61,14 +60,9 @@ class LabelledFetch:
     seed: int
 
     def __call__(self, addresses: Sequence[Address]) -> Labelled:
-        images = []
-        for epoch, index in addresses:
-            image = self.split.tensor(index)
-            if self.augment:
-                image = self.augment(image, generator(self.seed, epoch, index, stream=1))
-            images.append(image)
+        images = read_images(self.split, addresses, self.augment, self.seed)
         labels = self.split.labels[[index for _, index in addresses]]
-        return Labelled(torch.stack(images), torch.from_numpy(labels))
+        return Labelled(images, torch.from_numpy(labels))
 
 
 class Classification(nn.Module):
