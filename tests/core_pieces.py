@@ -71,7 +71,7 @@ def source(size: tuple[int, int] = (16, 16), channels: int = 3, classes: int = 4
             image = 40 + 120 * label / classes + slope + rng.integers(0, 30, (channels, *size))
             yield Sample(image.astype(np.uint8), label)
 
-    return Source([str(label) for label in range(classes)], COUNTS, samples)
+    return Source([str(label) for label in range(classes)], COUNTS, samples, annotations=("labels",))
 
 
 def tiny_pack(folder: Path, **changes: Any) -> Pack:

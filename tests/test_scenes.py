@@ -96,7 +96,7 @@ def test_labels_boxes_and_instances_agree(root: Path, packed: Pack) -> None:
             assert heights.argmax() == 0
             assert labels[index] == mine[0, 4] == classes[origins[index, 0]]
             assert set(mine[1:, 4]) <= {classes[row] for row in origins[index, 6:] if row >= 0}
-            semantic = pack.instance_classes(split, index)
+            semantic = pack.semantic_map(split, index)
             assert set(np.unique(semantic)) <= {0, *(mine[:, 4].astype(int) + 1)}
             assert (semantic[instances[index] == 1] == labels[index] + 1).all()
     assert several > 150
@@ -117,6 +117,7 @@ def test_any_size(root: Path, size: tuple[int, int]) -> None:
         assert sample.image.shape == (3, *size)
         assert sample.image.dtype == np.uint8
         assert sample.instances is not None
+        assert sample.boxes is not None
         assert sample.instances.shape == size
         assert 1 <= len(sample.boxes) <= 3
         assert (sample.boxes[:, :2] >= 0).all()
@@ -178,7 +179,9 @@ def test_a_pack_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     opened = pack.open_pack(folder)
     assert json.loads((folder / "meta.json").read_text())["name"] == "again"
     assert (opened.split("train").labels == -1).all()
-    assert not opened.split("train").array("boxes").size
+    assert (opened.annotations, opened.segments) == ([], [])
+    with pytest.raises(ValueError, match="the pack has no boxes"):
+        opened.split("train").array("boxes")
     with pytest.raises(ValueError, match="no test images"):
         opened.split("test")
 

@@ -51,7 +51,8 @@ def folder(
             label = classes.index(path.relative_to(root).parts[0]) if path.parent != root else -1
             yield Sample(decode(path, size_px), label, origin=(index,))
 
-    return Source(classes, {split: len(owned[split]) for split in SPLITS}, samples, quarantined)
+    counts = {split: len(owned[split]) for split in SPLITS}
+    return Source(classes, counts, samples, quarantined, annotations=("labels",) if classes else ())
 
 
 def scan(root: Path) -> tuple[list[Path], list[dict[str, str]]]:

@@ -59,7 +59,9 @@ def scenes(
         for _ in range(counts[split]):
             yield _compose(rng, digits, classes, owned[split], photographs, BANDS[split], size_px, several)
 
-    return Source([str(digit) for digit in range(10)], counts, samples)
+    names = [str(digit) for digit in range(10)]
+    annotations = ("boxes", "instances", "labels")
+    return Source(names, counts, samples, annotations=annotations, segments=["background", *names])
 
 
 def split_digits(classes: np.ndarray) -> list[np.ndarray]:
@@ -118,8 +120,8 @@ def _compose(
         np.clip(scene.round(), 0, 255).astype(np.uint8).transpose(2, 0, 1),
         int(classes[rows[0]]),
         np.array(boxes, np.float32),
-        instances,
-        (int(rows[0]), which, left, top, left + side, top + side, *map(int, rows[1:]), *padding),
+        instances=instances,
+        origin=(int(rows[0]), which, left, top, left + side, top + side, *map(int, rows[1:]), *padding),
     )
 
 
