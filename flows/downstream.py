@@ -1,6 +1,6 @@
 """Judge an encoder on a task: choose the learning rate, repeat over seeds, score on test images.
 
-`python -m flows.downstream ROW`, for rows of both `baselines` and `downstream`: every arm has the same grid and effort.
+`python -m flows.downstream ROW`, for rows of every section of params/downstream.yaml.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime, task
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_image_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import workspace
+from flows import rows, workspace
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, command, died, encoder_of, write_curves
+from flows.stage import Stage, artifact_key, command, died, encoder_of, picture_address, write_curves
 from flows.workers import Workers, cores, slots
 
 Point = dict[str, Any]
+WEIGHTS, PICTURE = "model.safetensors", "predictions.png"
 
 
 @task(
@@ -30,17 +31,18 @@ Point = dict[str, Any]
     retry_condition_fn=died,
     task_run_name="lr {lr} seed {seed}",
 )
-def fine_tune(stage: Stage, workers: Workers, record: Any, bar: Bar, lr: float, seed: int, test: bool) -> Point:
-    """Fine-tune with one learning rate and seed; with `test`, score on test images too."""
+def learn(stage: Stage, workers: Workers, record: Any, bar: Bar, lr: float, seed: int, test: bool) -> Point:
+    """Train with one learning rate and seed; with `test`, score on test images too."""
     folder = stage.state / f"lr_{lr:g}_seed_{seed}"
+    begun_from = str(stage.start.file) if stage.start else None
     job = {
-        "kind": stage.params["task"],
+        "kind": "downstream",
         "row": stage.params,
         "pack": str(stage.pack),
         "folder": str(folder),
         "seed": seed,
         "lr": lr,
-        "init": str(stage.start.file) if stage.start else None,
+        "init": stage.params["init"] if stage.params["init"].startswith("timm:") else begun_from,
         "test": test,
     }
     curve = record.child(f"{stage.row} lr {lr:g} seed {seed}", folder, {**stage.params, "lr": lr, "seed": seed})
@@ -55,19 +57,28 @@ def fine_tune(stage: Stage, workers: Workers, record: Any, bar: Bar, lr: float, 
 
 
 def checked(row: str) -> Stage:
-    """Check all that can be checked before work starts, labels and the encoder's file too; raises UserError."""
-    stage = Stage("downstream", row, ("baselines", "downstream"), encoder_of)
+    """Check all that can be checked before work starts, annotations and the file of weights too; raises UserError."""
+    stage = Stage("downstream", row, tuple(rows.JUDGED), encoder_of)
     meta = json.loads((stage.pack / "meta.json").read_text())
-    where = f"downstream.yaml: {stage.row}"
+    name, needs = stage.params["task"]["name"], rows.tasks()[stage.params["task"]["name"]]["needs"]
+    where, dataset = f"downstream.yaml: {stage.section}.{stage.row}", stage.data["name"]
+    if not set(needs) & set(meta["annotations"]):
+        raise workspace.UserError(
+            f"{where}.data: the dataset '{dataset}' is annotated with {meta['annotations'] or 'nothing'}; the task "
+            f"'{name}' needs {' or '.join(needs)}; choose another dataset, or a source that reads them"
+        )
+    there = meta["labelled"] if needs == ["labels"] else meta["counts"]
     for split in ("train", "validation", "test"):
-        if not meta["labelled"].get(split):
+        if not there.get(split):
             raise workspace.UserError(
-                f"{where}: the dataset '{stage.data['name']}' has no labelled {split} images; classification needs "
-                "sub-folders that name the classes, and shares for validation and test in its row of params/data.yaml"
+                f"{where}: the dataset '{dataset}' has no labelled {split} images; '{name}' needs them; give its row "
+                "of params/data.yaml shares for validation and test (a folder has labels where it has sub-folders)"
             )
-    labels, there = stage.params["labels"], meta["labelled"]["train"]
-    if labels and labels > there:
-        raise workspace.UserError(f"{where}.labels: found {labels}; the training split has {there} labels; lower it")
+    labels = stage.params["labels"]
+    if labels and labels > there["train"]:
+        raise workspace.UserError(
+            f"{where}.labels: found {labels}; the training split has {there['train']} labels; lower it"
+        )
     return stage
 
 
@@ -76,34 +87,39 @@ def publish(stage: Stage, record: Any, grid: Sequence[Point], finals: Sequence[P
     """Put results where DVC expects them; the manifest comes last."""
     from mim_core.statistics import interval
 
-    best = max(finals, key=lambda point: float(point["validation_accuracy"]))
+    best = max(finals, key=lambda point: float(point["validation_score"]))
     job = stage.state / f"lr_{best['lr']:g}_seed_{best['seed']}"
-    folder = stage.publish("downstream", job, ("classifier.safetensors",))
+    folder = stage.publish("downstream", job, (WEIGHTS, PICTURE))
     points = {(point["seed"], point["lr"]): point for point in (*grid, *finals)}
     curves = {(seed, lr): stage.state / f"lr_{lr:g}_seed_{seed}" / "curve.jsonl" for seed, lr in points}
     write_curves(folder / "curve.csv", curves, ("seed", "lr"))
-    kept = ("seed", "lr", "validation_accuracy", "test_accuracy", "test_cross_entropy", "seconds")
+
+    def kept(point: Point, *begins: str) -> Point:
+        return {key: one for key, one in point.items() if key in ("seed", "lr", "seconds") or key.startswith(begins)}
+
     workspace.write_json(
         folder / "results.json",
         {
             **{key: stage.params[key] for key in ("task", "init", "labels", "data")},
-            "lr": best["lr"],
-            "grid": [{key: point[key] for key in kept if key in point and "test" not in key} for point in grid],
-            "seeds": [{key: point[key] for key in kept if key in point} for point in finals],
+            "metric": best["metric"],
+            "encoder": best["encoder"],
+            "lr": best["lr"] or None,
+            "grid": [kept(point, "validation_") for point in grid if point["lr"]],
+            "seeds": [kept(point, "validation_", "test_") for point in finals],
         },
     )
-    over = interval([point["test_accuracy"] for point in finals])
+    over = interval([point["test_score"] for point in finals])
+    numbers = [key for key, one in best.items() if key.startswith(("validation_", "test_")) and isinstance(one, float)]
     metrics = {
-        "test_accuracy": over.mean,
-        "test_accuracy_half_width": over.half,
-        "validation_accuracy": interval([point["validation_accuracy"] for point in finals]).mean,
-        "lr": best["lr"],
+        **{key: interval([point[key] for point in finals]).mean for key in numbers},
+        "test_score_half_width": over.half,
+        **({"lr": best["lr"]} if best["lr"] else {}),
         "seeds": len(finals),
         "seconds": sum(point["seconds"] for point in points.values()),
         "parameters": best["parameters"],
     }
     if over.count < 2:
-        del metrics["test_accuracy_half_width"]
+        del metrics["test_score_half_width"]
     workspace.write_json(folder / "metrics.json", metrics)
     workspace.write_manifest(
         folder,
@@ -129,13 +145,16 @@ def show(
 ) -> None:
     """Show the run where people look: MLflow's parent run, Prefect's artifacts."""
     record.metrics(record.parent, metrics)
-    for name in ("results.json", "manifest.json", "curve.csv"):
+    for name in ("results.json", "manifest.json", "curve.csv", PICTURE):
         record.file(record.parent, folder / name)
     record.end(record.parent)
-    keys = ("lr", "seed", "validation_accuracy", "test_accuracy", "seconds")
+    keys = ("lr", "seed", "validation_score", "test_score", "seconds")
     table = [{key: round(point[key], 5) for key in keys if key in point} for point in (*grid[1:], *finals)]
-    said = f"{stage.row}: learning rate {metrics['lr']:g} chosen on validation"
+    chosen = f", learning rate {metrics['lr']:g} chosen on validation" if "lr" in metrics else ""
+    said = f"{stage.row}: {finals[0]['metric']}{chosen}"
     create_table_artifact(table, key=artifact_key("result", stage.row), description=said)
+    picture = picture_address(folder / PICTURE)
+    create_image_artifact(picture, key=artifact_key("predictions", stage.row), description=f"Predictions: {stage.row}")
 
 
 @flow(name="downstream", flow_run_name="downstream {row}", task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]
@@ -147,16 +166,16 @@ def downstream(row: str) -> None:
     from flows.tracking import Record  # imported while the workers import torch
 
     record = Record("downstream", row, stage.state, stage.data, stage.params)
-    rates, seeds = stage.params["lr_grid"], stage.params["seeds"]
+    rates, seeds = stage.params["lr_grid"] or [0.0], stage.params["seeds"]  # none where nothing is trained
     try:
         with Bar(f"downstream {row}", len(rates) + len(seeds) - 1) as bar:
 
             def run(points: list[tuple[float, int]], test: bool) -> list[Point]:
-                runs = [fine_tune.submit(stage, workers, record, bar, lr, seed, test) for lr, seed in points]
+                runs = [learn.submit(stage, workers, record, bar, lr, seed, test) for lr, seed in points]
                 return [run.result() for run in runs]
 
             grid = run([(lr, seeds[0]) for lr in rates], test=len(rates) == 1)
-            chosen = max(grid, key=lambda point: float(point["validation_accuracy"]))["lr"]
+            chosen = max(grid, key=lambda point: float(point["validation_score"]))["lr"]
             # The first seed's run at the chosen rate is done: it is only scored.
             finals = run([(chosen, seed) for seed in seeds], test=True)
         folder, metrics = publish(stage, record, grid, finals)

@@ -36,13 +36,14 @@ def give(row: str, out: Path | None) -> Iterator[str]:
 def _weights(row: str) -> Path:
     """Find the weights of a pretrain or downstream row; raises UserError."""
     given = rows.load()
-    stages = ("pretrain_fitted", "pretrain", "baselines", "downstream")
-    rows.find(given, stages, row)
-    for kind, name in (("pretrain", "encoder.safetensors"), ("downstream", "classifier.safetensors")):
+    stages = ("pretrain_fitted", "pretrain", *rows.JUDGED)
+    section = rows.section_of(given, stages, row)
+    for kind, name in (("pretrain", "encoder.safetensors"), ("downstream", "model.safetensors")):
         if (file := workspace.run_folder(kind, row) / name).exists():
             return file
-    stage = next(one for one in stages if row in given[one]).replace("baselines", "baseline")
-    raise workspace.UserError(f"{row}: there are no weights yet; run `dvc repro {stage}@{row}`")
+    raise workspace.UserError(
+        f"{row}: there are no weights yet; run `dvc repro {rows.JUDGED.get(section, section)}@{row}`"
+    )
 
 
 def _checked(work: Callable[[], Report]) -> Report:

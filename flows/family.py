@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows import results, rows
-from flows.results import SCRATCH, Arm, Pretrained, Published, budget, comparisons, duration, hours, percent
+from flows.results import SCRATCH, Arm, Pretrained, Published, budget, comparisons, duration, hours, measure, percent
 
 PIECES = ("mask", "fill", "encoder", "head", "target", "loss")
 SHORT: dict[str, tuple[str, ...]] = {
@@ -61,7 +61,8 @@ def family(published: Published) -> Family:
     groups = comparisons(published.arms)
     plain = len({arm.comparison[:2] for arm in published.arms}) == 1
     heads = [
-        f"test accuracy, % [95 %], {'' if plain else f'{group[0].task} {group[0].data}, '}{budget(group[0].labels)}"
+        f"test {measure(group)}, % [95 %], {'' if plain else f'{group[0].task} {group[0].data}, '}"
+        f"{budget(group[0].labels)}"
         for group in groups
     ]
     costs = {row: run.device_hours for row, run in published.pretrained.items() if run.device_hours}
@@ -79,7 +80,7 @@ def _scratch(published: Published, groups: Sequence[Sequence[Arm]]) -> list[Line
     encoders: list[tuple[dict[str, Any], list[Arm]]] = []
     for arm in published.arms:
         if arm.init == SCRATCH:
-            piece = results.encoder(published.rows, arm.row)
+            piece = arm.encoder
             same = next((arms for known, arms in encoders if known == piece), None)
             if same is None:
                 encoders.append((piece, same := []))
@@ -206,7 +207,12 @@ def as_csv(table: Family) -> str:
             lines.append(
                 head
                 | {"arm": arm.row, "task": arm.task, "data": arm.data, "labels": arm.labels}
-                | {"seeds": arm.score.count, "test_accuracy": arm.score.mean, "half_width": _known(arm.score.half)}
+                | {
+                    "seeds": arm.score.count,
+                    "metric": arm.metric,
+                    "test_score": arm.score.mean,
+                    "half_width": _known(arm.score.half),
+                }
                 | {"baseline": arm.baseline, "difference": gain and gain.mean}
                 | {"difference_half_width": gain and _known(gain.half)}
             )

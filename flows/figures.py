@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
-from flows.results import SCRATCH, Arm, Pretrained, budget, comparisons
+from flows.results import SCRATCH, Arm, Pretrained, budget, comparisons, measure
 
 WIDTH_IN, DPI = 6.5, 200
 MUTED = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#DDCC77", "#44AA99", "#AA4499", "#999933")
@@ -80,12 +80,12 @@ def looks(arms: Sequence[Arm], colour: Mapping[str, str]) -> dict[str, Look]:
 
 
 def title(arm: Arm) -> str:
-    """Name what is compared: task, data and labels."""
-    return f"{arm.task}, {arm.data}, {budget(arm.labels)}"
+    """Name what is compared: task, data, labels and metric."""
+    return f"{arm.task}, {arm.data}, {budget(arm.labels)}: {measure([arm])}"
 
 
 def accuracy(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
-    """Draw test accuracy per arm: a dot a seed, the mean and its 95 % interval, the best on top of its comparison."""
+    """Draw the test score per arm: a dot a seed, the mean and its 95 % interval, the best on top of its comparison."""
     groups = [sorted(group, key=lambda arm: arm.score.mean) for group in comparisons(arms)]
     if not groups:
         return _empty("No downstream result is published.")
@@ -108,7 +108,7 @@ def accuracy(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
         grid[0, 0].set_xlim(low, min(high + 0.22 * (high - low), 122))
         grid[0, 0].xaxis.set_major_locator(MaxNLocator(7))
         grid[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
-        grid[-1, 0].set_xlabel("test accuracy (%): seeds, mean and 95 % interval over seeds")
+        grid[-1, 0].set_xlabel(f"test {measure(arms)} (%): seeds, mean and 95 % interval over seeds")
         return _png(figure)
 
 
@@ -164,7 +164,7 @@ def pretraining(runs: Sequence[Pretrained], colour: Mapping[str, str]) -> bytes:
 
 
 def lr_grid(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
-    """Draw validation accuracy over the learning rates tried, a panel a comparison; a ring marks the chosen one."""
+    """Draw the validation score over the learning rates tried, a panel a comparison; a ring marks the chosen one."""
     groups = [group for group in comparisons(arms) if any(arm.grid for arm in group)]
     if not groups:
         return _empty("No learning-rate grid is published.")
@@ -189,7 +189,7 @@ def lr_grid(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
             beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if most > FEW else {"loc": "best"}
             axes.legend(handlelength=1.6, **beside)
         for axes in panels[::across]:
-            axes.set_ylabel("validation accuracy (%)")
+            axes.set_ylabel(f"validation {measure(arms)} (%)")
         for axes in panels[len(groups) :]:
             axes.set_visible(False)
         return _png(figure)
@@ -198,11 +198,11 @@ def lr_grid(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
 def _tried(axes: Axes, arm: Arm, look: Look) -> None:
     scores: dict[float, list[float]] = {}
     for point in arm.grid:
-        scores.setdefault(point["lr"], []).append(100 * point["validation_accuracy"])
+        scores.setdefault(point["lr"], []).append(100 * point["validation_score"])
     rates = sorted(scores)
     means = [sum(scores[rate]) / len(scores[rate]) for rate in rates]
     axes.plot(rates, means, f"{look.marker}-", color=look.colour, ms=4, label=arm.row)
-    if arm.lr in scores:
+    if arm.lr is not None and arm.lr in scores:
         axes.plot(arm.lr, means[rates.index(arm.lr)], "o", ms=10, mfc="none", mec=look.colour, mew=1.3)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from flows.results import SCRATCH, Arm, Published, budget, stale
+from flows import rows
+from flows.results import SCRATCH, Arm, Published, budget, measure, stale
 
 NAMED = 3
 """Rows that are not published are named up to this number, and counted above it."""
@@ -14,7 +16,7 @@ SECTIONS = {
     "prepare": ("data",),
     "fit_target": ("targets",),
     "pretrain": ("pretrain", "pretrain_fitted"),
-    "downstream": ("baselines", "downstream"),
+    "downstream": tuple(rows.JUDGED),
 }
 
 
@@ -22,7 +24,7 @@ def headline(published: Published) -> str:
     """Say what was found in a sentence or two."""
     compared = [arm for arm in published.arms if arm.difference]
     if not published.arms:
-        return "No downstream result is published: nothing can be said about accuracy yet."
+        return "No downstream result is published: nothing can be said about encoders yet."
     if not compared:
         return f"{len(published.arms)} arms are published, but none has a baseline to be compared with."
     if len(compared) == 1:
@@ -43,19 +45,19 @@ def finding(arm: Arm, published: Published) -> str:
     rival = next(other for other in published.arms if other.row == arm.baseline)
     shared = [seed for seed in arm.seeds if seed in rival.seeds]
     before, after = (100 * sum(one.seeds[seed] for seed in shared) / len(shared) for one in (rival, arm))
-    where = budget(arm.labels)
+    metric, where = measure([arm]), budget(arm.labels)
     run = published.pretrained.get(arm.init)
     count = published.packs.get(run.manifest["data"]["name"], {}).get("counts", {}).get("train") if run else None
     images = f"{count:,} unlabelled images" if count else "unlabelled images"
-    start = f"Pretraining on {images} ({arm.init})"
+    start = f"Pretraining on {images} ({arm.init})" if run else f"Beginning from {Path(arm.init).name} ({arm.row})"
     change = f"from {before:.1f} % to {after:.1f} %"
     points = f"{100 * gain.mean:+.1f} points"
     if gain.count < 2:
-        return f"{start} took test accuracy at {where} {change}: {points} with one seed, so no interval and no claim."
+        return f"{start} took test {metric} at {where} {change}: {points} with one seed, so no interval and no claim."
     bounds = f"{points}, 95 % interval [{100 * gain.low:.1f}, {100 * gain.high:.1f}], {gain.count} seeds"
     if not _sign(arm):
-        return f"{start} made no difference to test accuracy at {where} that {gain.count} seeds can show: {bounds}."
-    return f"{start} {'raised' if gain.mean > 0 else 'lowered'} test accuracy at {where} {change}: {bounds}."
+        return f"{start} made no difference to test {metric} at {where} that {gain.count} seeds can show: {bounds}."
+    return f"{start} {'raised' if gain.mean > 0 else 'lowered'} test {metric} at {where} {change}: {bounds}."
 
 
 def caveats(published: Published) -> Iterator[str]:
@@ -124,7 +126,7 @@ def _absent(published: Published) -> str:
 def edge(arm: Arm) -> str:
     """Say which end of its grid the chosen learning rate lies at; empty where it lies inside or was the only one."""
     rates = sorted({point["lr"] for point in arm.grid})
-    if len(rates) < 2 or rates[0] < arm.lr < rates[-1]:
+    if arm.lr is None or len(rates) < 2 or rates[0] < arm.lr < rates[-1]:
         return ""
     return "lowest" if arm.lr == rates[0] else "highest"
 

@@ -17,7 +17,7 @@ from typing import Any
 from flows import family, rows, workspace
 from flows.family import PIECES
 from flows.findings import caveats, edge, finding, headline, manifests_of
-from flows.results import Arm, Published, duration, hours, markdown, percent, read, stale
+from flows.results import Arm, Published, duration, hours, markdown, measure, percent, read, stale
 from mim_core.files import write_atomically
 
 ROW_PICTURES = ("gallery_", "recovery_", "tokenizer_")
@@ -71,7 +71,7 @@ def summary(published: Published) -> dict[str, dict[str, dict[str, float]]]:
     """Give the numbers of each run, flat, by stage and row; what is not known is left out."""
     downstream = {}
     for arm in published.arms:
-        numbers = {"test_accuracy": arm.score.mean, "test_accuracy_half_width": arm.score.half, "lr": arm.lr}
+        numbers = {"test_score": arm.score.mean, "test_score_half_width": arm.score.half, "lr": arm.lr}
         if arm.difference:
             numbers |= {"difference": arm.difference.mean, "difference_half_width": arm.difference.half}
         numbers |= {"seeds": arm.score.count, "wall_seconds": arm.wall_seconds, "device_hours": arm.device_hours}
@@ -125,6 +125,7 @@ def _page(
         methods=[_method(row, published) for row in published.pretrained],
         family=table,
         metric=family.metric,
+        measure=measure,
         note=family.NOTE,
         not_run=[row for row in rows.pretraining(published.rows) if row not in published.pretrained],
         rates=rates,
@@ -142,7 +143,7 @@ def _page(
 def _tried(arm: Arm) -> dict[float, float]:
     scores: dict[float, list[float]] = {}
     for point in arm.grid:
-        scores.setdefault(point["lr"], []).append(point["validation_accuracy"])
+        scores.setdefault(point["lr"], []).append(point["validation_score"])
     return {rate: sum(values) / len(values) for rate, values in scores.items()}
 
 
@@ -178,7 +179,7 @@ def _linked(manifest: Mapping[str, Any], links: Mapping[str, str | None]) -> lis
 def _seeds(arms: Sequence[Arm]) -> str:
     buffer = io.StringIO()
     lines = [(arm.row, seed, value) for arm in arms for seed, value in arm.seeds.items()]
-    csv.writer(buffer, lineterminator="\n").writerows([("arm", "seed", "test_accuracy"), *lines])
+    csv.writer(buffer, lineterminator="\n").writerows([("arm", "seed", "test_score"), *lines])
     return buffer.getvalue()
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mim_core.statistics import Interval
 
 SCRATCH = "scratch"
+METRICS = {"miou": "mIoU", "ap": "AP", "voc07_ap": "VOC07 AP", "voc07_map": "VOC07 mAP"}
+"""How tables and figures write a metric whose name is not a word."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,24 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Arm:
-    """A published downstream run: one line of the table. Accuracies are shares; `seeds` maps a seed to its own.
+    """A published downstream run: one line of the table. Scores are shares; `seeds` maps a seed to its own.
 
-    `device_hours` are the arm's own, over its grid and all its seeds; `pretrain_device_hours` come on top (0 from
-    scratch, None where the pretraining run or its tokenizer is not published). `baseline` starts the same encoder from
-    scratch, and `difference` is to it, paired by seed.
+    `task` is in short words and `protocol` in full; `metric` is what the score is. `device_hours` are the arm's own,
+    over its grid and all its seeds; `pretrain_device_hours` are those of what it begins from and come on top (0 from
+    scratch, None where that is not published, or others' weights). `baseline` starts the same encoder from scratch, and
+    `difference` is to it, paired by seed.
     """
 
     row: str
     task: str
+    protocol: str
+    metric: str
     init: str
     data: str
     labels: int | None
     score: Interval
     seeds: Mapping[int, float]
-    lr: float
+    lr: float | None
     grid: Sequence[Mapping[str, Any]]
     wall_seconds: float
     device_hours: float
@@ -72,12 +77,13 @@ class Arm:
     baseline: str | None
     difference: Interval | None
     verdict: str
+    encoder: Mapping[str, Any]
     manifest: Mapping[str, Any]
 
     @property
     def comparison(self) -> tuple[str, str, int | None]:
-        """What an arm shares with those it may be compared with: task, data, labels."""
-        return self.task, self.data, self.labels
+        """What an arm shares with those it may be compared with: the task with all its params, data, labels."""
+        return self.protocol, self.data, self.labels
 
     @property
     def total_device_hours(self) -> float | None:
@@ -106,7 +112,7 @@ def read() -> Published:
     arms: list[Arm] = []
     # Each after what it builds on or is compared with.
     wanted = [("targets", row) for row in given["targets"]] + [("pretrain", row) for row in rows.pretraining(given)]
-    wanted += [("downstream", row) for row in (*given["baselines"], *given["downstream"])]
+    wanted += [("downstream", row) for row in _in_turn(given)]
     for kind, row in wanted:
         folder = workspace.run_folder(kind, row)
         if not (folder / "manifest.json").exists():
@@ -129,6 +135,12 @@ def comparisons(arms: Iterable[Arm]) -> list[list[Arm]]:
     for arm in arms:
         groups.setdefault(arm.comparison, []).append(arm)
     return list(groups.values())
+
+
+def measure(arms: Iterable[Arm]) -> str:
+    """Name the metric of arms, or say `score` where they have several."""
+    found = {METRICS.get(arm.metric, arm.metric) for arm in arms}
+    return found.pop() if len(found) == 1 else "score"
 
 
 def budget(labels: int | None) -> str:
@@ -175,10 +187,10 @@ def cells(arm: Arm) -> dict[str, str]:
         "init": arm.init,
         "data": arm.data,
         "labels": "all" if arm.labels is None else f"{arm.labels:,}",
-        "task": arm.task,
-        "test accuracy, % [95 %]": percent(arm.score),
+        "task": f"{arm.task}: {measure([arm])}",
+        "test score, % [95 %]": percent(arm.score),
         "per seed, %": ", ".join(f"{100 * value:.1f}" for value in arm.seeds.values()),
-        "lr": f"{arm.lr:g}",
+        "lr": "-" if arm.lr is None else f"{arm.lr:g}",
         "difference to baseline": arm.verdict,
         "wall": duration(arm.wall_seconds),
         "device-hours": hours(arm.device_hours),
@@ -188,8 +200,9 @@ def cells(arm: Arm) -> dict[str, str]:
 
 def terminal(arms: Sequence[Arm]) -> tuple[list[str], list[list[str]]]:
     """Give header and rows for a terminal: the columns that fit there; device-hours are those with pretraining."""
-    keys = ["arm", "labels", "test accuracy, % [95 %]", "lr", "difference to baseline", "with pretraining"]
-    return [*keys[:-1], "device-hours"], [[cells(arm)[key] for key in keys] for arm in arms]
+    keys = ["arm", "labels", "test score, % [95 %]", "lr", "difference to baseline", "with pretraining"]
+    heads = {"test score, % [95 %]": f"test {measure(arms)}, % [95 %]", "with pretraining": "device-hours"}
+    return [heads.get(key, key) for key in keys], [[cells(arm)[key] for key in keys] for arm in arms]
 
 
 def markdown(arms: Sequence[Arm]) -> str:
@@ -201,39 +214,60 @@ def markdown(arms: Sequence[Arm]) -> str:
     return f"{table}\nIntervals: Student's t over seeds, 95 %; differences are paired by seed.\n"
 
 
+def _in_turn(given: rows.Rows) -> list[str]:
+    """Give the downstream rows, each after the one that it begins from."""
+    order: list[str] = []
+    waiting = list(rows.judged(given))
+    while waiting:
+        ready = [row for row in waiting if given["continued"].get(row, {}).get("init") not in waiting]
+        order += ready
+        waiting = [row for row in waiting if row not in ready]
+    return order
+
+
 def _arm(row: str, folder: Path, given: rows.Rows, pretrained: Mapping[str, Pretrained], before: Sequence[Arm]) -> Arm:
     from mim_core.statistics import difference, interval  # imports scipy
 
     manifest, said = _read(folder / "manifest.json"), _read(folder / "results.json")
     try:
-        seeds = {int(one["seed"]): float(one["test_accuracy"]) for one in said["seeds"]}
-        init, key, score = said["init"], (said["task"], said["data"], said["labels"]), interval(list(seeds.values()))
+        seeds = {int(one["seed"]): float(one["test_score"]) for one in said["seeds"]}
+        init, protocol, score = said["init"], json.dumps(said["task"], sort_keys=True), interval(list(seeds.values()))
+        # What pretraining and tuning set apart: a row's drop path, what weights began as.
+        encoder = {**said["encoder"], "drop_path": None, "init": None}
+        key = (protocol, said["data"], said["labels"])
         rivals = [arm for arm in before if arm.init == SCRATCH != init and arm.comparison == key]
-        same = [arm for arm in rivals if encoder(given, arm.row) == encoder(given, row)]
+        same = [arm for arm in rivals if arm.encoder == encoder]
         # The strongest of several baselines: a claim has to hold against it.
         rival = max(same, key=lambda arm: arm.score.mean, default=None)
         shared = [seed for seed in seeds if rival and seed in rival.seeds]
         gain = difference([seeds[s] for s in shared], [rival.seeds[s] for s in shared]) if rival and shared else None
         words = "baseline" if init == SCRATCH else "no baseline with this encoder" if rivals else "no baseline"
         words = f"no seed in common with {rival.row}" if rival else words
-        extra = 0.0 if init == SCRATCH else pretrained[init].device_hours if init in pretrained else None
         return Arm(
-            row, key[0], init, key[1], key[2], score, seeds, said["lr"], said["grid"], manifest["wall_seconds"],
-            manifest["device_hours"], extra, rival.row if rival else None, gain, verdict(gain) if gain else words,
-            manifest,
+            row, task_words(said["task"]), protocol, said["metric"], init, key[1], key[2], score, seeds, said["lr"],
+            said["grid"], manifest["wall_seconds"], manifest["device_hours"],
+            _before(row, init, given, pretrained, before), rival.row if rival else None, gain,
+            verdict(gain) if gain else words, encoder, manifest,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise workspace.UserError(f"{folder}: not a whole result ({error!r}); run `dvc repro` again") from error
 
 
-def encoder(given: rows.Rows, row: str) -> dict[str, Any]:
-    """Give the encoder that a judged row fine-tunes, so that equal ones compare equal."""
-    judged = given["baselines"].get(row) or given["downstream"][row]
-    piece = judged["encoder"] or rows.pretraining(given)[judged["init"]]["encoder"]
-    # A downstream row sets its own drop path, pretraining replaces what weights began as, and fine-tuning gives each
-    # block a relative bias of its own.
-    positions = "relative_per_block" if piece.get("positions") == "relative" else piece.get("positions")
-    return {**piece, "drop_path": None, "init": None, "positions": positions}
+def _before(
+    row: str, init: str, given: rows.Rows, pretrained: Mapping[str, Pretrained], before: Sequence[Arm]
+) -> float | None:
+    """Device-hours of what an arm begins from; None where they are not known."""
+    if init == SCRATCH:
+        return 0.0
+    if row in given["continued"]:
+        return next((arm.total_device_hours for arm in before if arm.row == init), None)
+    return pretrained[init].device_hours if row in given["downstream"] and init in pretrained else None
+
+
+def task_words(task: Mapping[str, Any]) -> str:
+    """Say a task in short words: its name, and those of the pieces that it is made of."""
+    inner = [one["name"] for one in task.values() if isinstance(one, Mapping) and "name" in one]
+    return f"{task['name']} ({', '.join(inner)})" if inner else str(task["name"])
 
 
 def _curve(text: str) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flows import workspace
@@ -17,11 +17,29 @@ from mim_core.files import write_atomically
 Rows = dict[str, dict[str, Any]]
 
 
+JUDGED = {"baselines": "baseline", "supervised": "supervised", "downstream": "downstream", "continued": "continued"}
+"""Sections of downstream rows, with DVC's stage for each."""
+
+
 def load() -> Rows:
-    """Give every row by section (data, targets, pretrain_fitted, pretrain, baselines, downstream) and name.
+    """Give every row by section (as in `mim_core.params.FILES`) and name.
 
     Raises UserError with every fault of every row.
     """
+    rows: Rows = _load()["rows"]
+    return rows
+
+
+def tasks() -> dict[str, Any]:
+    """Give what is to be known of each downstream task: what annotations it `needs`, its `score`, whether it `trains`.
+
+    Raises UserError, as `load`.
+    """
+    found: dict[str, Any] = _load()["tasks"]
+    return found
+
+
+def _load() -> dict[str, Any]:
     folder = workspace.params_folder()
     key = hashlib.sha256(workspace.code_fingerprint().encode())
     for path in sorted(folder.glob("*.yaml")):
@@ -30,18 +48,40 @@ def load() -> Rows:
     try:
         content = json.loads(kept.read_text())
         if content["key"] == key.hexdigest():
-            return dict(content["rows"])
+            return dict(content)
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
         pass
     from mim_core import params, spec
+    from mim_core.tasks import TASKS
 
     try:
         rows = params.load(folder).model_dump(mode="json")
     except spec.SpecError as error:
         raise workspace.UserError(str(error)) from None
+    facts = ("needs", "score", "trains")
+    known = {name: {fact: getattr(task, fact) for fact in facts} for name, task in TASKS.items()}
+    content = {"key": key.hexdigest(), "rows": rows, "tasks": known}
     # Not sorted: rows keep the order of their files, which tables and colours follow.
-    write_atomically(kept, json.dumps({"key": key.hexdigest(), "rows": rows}))
-    return rows
+    write_atomically(kept, json.dumps(content))
+    return content
+
+
+def judged(rows: Rows) -> dict[str, Any]:
+    """Give the rows of downstream tasks of all sections."""
+    return {name: row for section in JUDGED for name, row in rows[section].items()}
+
+
+def section_of(rows: Rows, sections: Iterable[str], name: str) -> str:
+    """Give the section that a row stands in; raises UserError with the nearest name where it is in none."""
+    for section in sections:
+        if name in rows[section]:
+            return section
+    known = sorted(key for section in sections for key in rows[section])
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, 1)
+    meant = f"; did you mean '{close[0]}'?" if close else ""
+    raise workspace.UserError(f"{'/'.join(sections)}: '{name}' is not one of {known}{meant}")
 
 
 def pretraining(rows: Rows) -> dict[str, Any]:
@@ -55,14 +95,6 @@ def fitted(params: Mapping[str, Any]) -> str | None:
     return target.get("fitted") if isinstance(target, Mapping) else None
 
 
-def find(rows: Rows, sections: tuple[str, ...], name: str) -> Any:
+def find(rows: Rows, sections: Iterable[str], name: str) -> Any:
     """Give a row; raises UserError with the nearest name where there is none."""
-    for section in sections:
-        if name in rows[section]:
-            return rows[section][name]
-    known = sorted(key for section in sections for key in rows[section])
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, known, 1)
-    meant = f"; did you mean '{close[0]}'?" if close else ""
-    raise workspace.UserError(f"{'/'.join(sections)}: '{name}' is not one of {known}{meant}")
+    return rows[section_of(rows, sections, name)][name]

@@ -24,31 +24,42 @@ from mim_core.files import read_curve, write_atomically
 
 @dataclass(frozen=True)
 class Start:
-    """The published weights that a run begins from: `what` they are, the `run` below runs/, and DVC's stage for it."""
+    """The weights that a run begins from: `what` they are, their `file`, and how to get them where they are missing.
+
+    `run` is the folder below runs/ that they were published in; empty where they are others'.
+    """
 
     what: str
-    run: str
-    name: str
-    made_by: str
-
-    @property
-    def file(self) -> Path:
-        return workspace.root() / "runs" / self.run / self.name
+    file: Path
+    mend: str
+    run: str = ""
 
 
-def tokenizer_of(given: rows.Rows, params: Mapping[str, Any]) -> Start | None:
+def published(what: str, run: str, name: str, stage: str) -> Start:
+    """Weights that the stage `stage` publishes as `name` in runs/<run>."""
+    return Start(what, workspace.root() / "runs" / run / name, f"run `dvc repro {stage}`", run)
+
+
+def tokenizer_of(given: rows.Rows, section: str, params: Mapping[str, Any]) -> Start | None:
     """The tokenizer that a pretrain row's target was fitted as, where it was."""
     fitted = rows.fitted(params)
-    return Start("tokenizer", f"targets/{fitted}", "tokenizer.safetensors", f"fit_target@{fitted}") if fitted else None
-
-
-def encoder_of(given: rows.Rows, params: Mapping[str, Any]) -> Start | None:
-    """The encoder that a downstream row starts from; none from scratch."""
-    init = params["init"]
-    if init == "scratch":
+    if not fitted:
         return None
-    section = "pretrain_fitted" if init in given["pretrain_fitted"] else "pretrain"
-    return Start("encoder", f"pretrain/{init}", "encoder.safetensors", f"{section}@{init}")
+    return published("tokenizer", f"targets/{fitted}", "tokenizer.safetensors", f"fit_target@{fitted}")
+
+
+def encoder_of(given: rows.Rows, section: str, params: Mapping[str, Any]) -> Start | None:
+    """The file that a downstream row begins from; none from scratch, or where timm has the weights."""
+    init = params["init"]
+    if section == "baselines":
+        return None
+    if section == "supervised":
+        return Start("file of weights", workspace.root() / init, f"put it there, or change {section}'s init")
+    if section == "continued":
+        stage = rows.JUDGED[rows.section_of(given, rows.JUDGED, init)]
+        return published("model", f"downstream/{init}", "model.safetensors", f"{stage}@{init}")
+    stage = "pretrain_fitted" if init in given["pretrain_fitted"] else "pretrain"
+    return published("encoder", f"pretrain/{init}", "encoder.safetensors", f"{stage}@{init}")
 
 
 class Stage:
@@ -59,12 +70,13 @@ class Stage:
         name: str,
         row: str,
         sections: tuple[str, ...],
-        start_of: Callable[[rows.Rows, Mapping[str, Any]], Start | None] = lambda given, params: None,
+        start_of: Callable[[rows.Rows, str, Mapping[str, Any]], Start | None] = lambda given, section, params: None,
     ) -> None:
         """Check rows, data and the weights to begin from before anything is done; raises UserError."""
         self.name, self.row, self.started = name, row, time.time()
         self.rows = rows.load()
-        self.params: dict[str, Any] = rows.find(self.rows, sections, row)
+        self.section = rows.section_of(self.rows, sections, row)
+        self.params: dict[str, Any] = self.rows[self.section][row]
         dataset = row if name == "prepare" else self.params["data"]
         digests = data.guard()
         if dataset not in digests:
@@ -76,14 +88,14 @@ class Stage:
         self.pack = workspace.pack_folder(dataset)
         if name != "prepare" and not (self.pack / "meta.json").exists():
             raise workspace.UserError(f"packs/{dataset}: there is no pack; run `dvc repro prepare@{dataset}`")
-        self.start, begun_from = start_of(self.rows, self.params), ""
+        self.start, begun_from = start_of(self.rows, self.section, self.params), ""
         if self.start:
             try:
                 with self.start.file.open("rb") as file:
                     begun_from = hashlib.file_digest(file, "sha256").hexdigest()
             except FileNotFoundError:
                 raise workspace.UserError(
-                    f"{self.start.file}: the {self.start.what} is missing; run `dvc repro {self.start.made_by}`"
+                    f"{self.start.file}: the {self.start.what} is missing; {self.start.mend}"
                 ) from None
         # What names the work: the same key means that a checkpoint of it can be gone on from.
         self.key = workspace.digest([name, row, self.params, self.data, workspace.code_fingerprint(), begun_from])
@@ -94,7 +106,7 @@ class Stage:
     @property
     def parents(self) -> list[str]:
         """The runs that this one builds on."""
-        return [self.start.run] if self.start else []
+        return [self.start.run] if self.start and self.start.run else []
 
     def publish(self, kind: str, job: Path, products: Iterable[str]) -> Path:
         """Copy a job's products to where DVC expects the stage's outputs, `runs/<kind>/<row>`."""

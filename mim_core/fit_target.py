@@ -22,7 +22,7 @@ from mim_core.data.order import Address, read_images
 from mim_core.data.pack import Pack, Split, batched
 from mim_core.devices import Compute
 from mim_core.gallery import GAP, TOP, Cell, Sheet
-from mim_core.metrics import psnr
+from mim_core.metrics.pictures import psnr
 from mim_core.spec import Strict
 from mim_core.tokenizers.dalle import DiscreteVAE
 from mim_core.transforms import Augment

@@ -6,6 +6,7 @@ values a position, m predicted positions of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,22 @@ class Grid:
         """Give the pixels of the cells that are hidden."""
         cells = hidden.reshape(-1, *self.shape)
         return cells.repeat_interleave(self.patch_px, 1).repeat_interleave(self.patch_px, 2)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A map of an encoder's pyramid: its channels, and the px of the image from one of its cells to the next."""
+
+    width: int
+    stride: int
+
+
+def no_taps(taps: Sequence[int] | None, encoder: str) -> None:
+    """Raise ValueError where blocks are chosen of an encoder whose pyramid is given by its architecture."""
+    if taps:
+        raise ValueError(
+            f"taps: found {list(taps)}; only a ViT's blocks can be chosen; a {encoder} has stages; delete it"
+        )
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,19 @@ class Augment(Strict):
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """Augment one uint8 image [c, H, W]; the size stays."""
+        return self.jointly(rng, image)[0]
+
+    def jointly(self, rng: np.random.Generator, image: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+        """Augment one uint8 image [c, H, W], and what is annotated on it by the same crop and flip; sizes stay.
+
+        `beside` holds torchvision's `tv_tensors`: masks are resized by nearest neighbour, boxes are cut at the edge.
+        """
         height, width = image.shape[-2:]
         top, left, h, w = crop_box(rng, height, width, self.scale, self.ratio)
+        parts = (image, *beside)
         if (h, w) != (height, width):
-            image = TF.resized_crop(image, top, left, h, w, [height, width], antialias=True)
-        return TF.horizontal_flip(image) if rng.random() < self.flip else image
+            parts = tuple(TF.resized_crop(one, top, left, h, w, [height, width], antialias=True) for one in parts)
+        return tuple(map(TF.horizontal_flip, parts)) if rng.random() < self.flip else parts
 
 
 def crop_box(

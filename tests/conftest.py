@@ -135,9 +135,11 @@ pretrain:
     checkpoint_minutes: 0.0001
 """,
     "params/downstream.yaml": """\
+supervised: {}
+continued: {}
 baselines:
   scratch_2000:
-    task: classify
+    task: {name: classify, smoothing: 0.1}
     data: scenes
     init: scratch
     encoder: {name: vit, patch_px: 4, width: 32, depth: 2, heads: 2, positions: sincos}
@@ -147,7 +149,7 @@ baselines:
     optim: {batch: 25, epochs: 2, layer_decay: 0.75}
 downstream:
   simmim_vit_2000:
-    task: classify
+    task: {name: classify, smoothing: 0.1}
     data: scenes
     init: simmim_vit
     labels: 100

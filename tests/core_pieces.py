@@ -46,14 +46,13 @@ TARGET = {
 PALETTE = {"data": "tiny", "tokenizer": {"name": "palette", "codes": 8}}
 FITTED = {**PRETRAIN, "target": {"name": "tokens", "fitted": "codes"}, "loss": "cross_entropy"}
 CLASSIFY = {
-    "task": "classify",
+    "task": {"name": "classify", "smoothing": 0.1},
     "data": "tiny",
     "init": "scratch",
     "encoder": ENCODER,
     "lr_grid": [1.0e-3],
     "seeds": [0],
     "augment": AUGMENT,
-    "smoothing": 0.1,
     "drop_path": 0.1,
     "optim": {**TUNE, "layer_decay": 0.75},
     "precision": "fp32",

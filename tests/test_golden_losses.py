@@ -11,7 +11,7 @@ import torch
 from core_pieces import tiny_pack
 
 from mim_core.files import read_curve
-from mim_core.jobs import classify, fit_target, pretrain
+from mim_core.jobs import downstream, fit_target, pretrain
 from mim_core.params import DownstreamRow, PretrainRow, TargetRow, load
 from mim_core.spec import check
 
@@ -63,7 +63,7 @@ def test_losses_are_the_golden_ones(name: str, tmp_path: Path, update_golden: bo
             fitted = tmp_path / "fitted" / "tokenizer.safetensors"
         pretrain(shrunk(row), pack, tmp_path, 0, fitted)
     else:
-        classify(shrunk(row), pack, tmp_path, 0, row.lr_grid[0], None, test=False)
+        downstream(shrunk(row), pack, tmp_path, 0, row.lr_grid[0], None, test=False)
     torch.set_num_threads(threads)
     losses = [line["loss"] for line in read_curve(tmp_path / "curve.jsonl") if "loss" in line]
     assert len(losses) == 20

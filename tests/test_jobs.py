@@ -37,7 +37,7 @@ from mim_core.data.order import Order, loader
 from mim_core.data.pack import Pack, label_budget, open_pack
 from mim_core.files import read_curve
 from mim_core.grid import Grid
-from mim_core.jobs import classify, fit_target, perform, pretrain
+from mim_core.jobs import downstream, fit_target, perform, pretrain
 from mim_core.masks import MASKS
 from mim_core.params import PretrainRow, TargetRow
 from mim_core.pretext import MaskedFetch
@@ -60,15 +60,15 @@ ROWS: dict[str, dict[str, Any]] = {
         "optim": LONG,
     },
     "fit_target": {**TARGET, "optim": LONG},
-    "classify": {**CLASSIFY, "optim": {**TUNE, "epochs": 25, "layer_decay": 0.75}},
+    "downstream": {**CLASSIFY, "optim": {**TUNE, "epochs": 25, "layer_decay": 0.75}},
 }
 PRODUCTS = {
     "pretrain": ["encoder.safetensors", "model.safetensors"],
     "adversarial": ["encoder.safetensors", "model.safetensors"],
     "fit_target": ["tokenizer.safetensors"],
-    "classify": ["classifier.safetensors"],
+    "downstream": ["model.safetensors", "predictions.png"],
 }
-EVALUATED = {"classify": "validation_accuracy", "fit_target": "perplexity"}
+EVALUATED = {"downstream": "validation_score", "fit_target": "perplexity"}
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def job(kind: str, pack: Pack, folder: Path, **changes: Any) -> dict[str, Any]:
     wire = {"kind": kind, "row": row, "pack": str(pack.folder), "folder": str(folder), "seed": 5, "threads": 1}
     if kind in {"pretrain", "adversarial"}:
         return wire | {"kind": "pretrain", "fitted": None}
-    return wire | ({"lr": 2.0e-3, "init": None, "test": True} if kind == "classify" else {})
+    return wire | ({"lr": 2.0e-3, "init": None, "test": True} if kind == "downstream" else {})
 
 
 def wait_for_step(folder: Path, step: int) -> None:
@@ -145,7 +145,7 @@ def test_any_number_of_channels_and_a_size_that_is_not_square(tmp_path: Path, ch
     pack = tiny_pack(tmp_path / "pack", size=(16, 24), channels=channels)
     pretrain(pretrain_row(optim={**OPTIM, "epochs": 0.5}, augment=None), pack, tmp_path / "pretrain", seed=0)
     row = classify_row(optim={**TUNE, "epochs": 0.5})
-    result = classify(row, pack, tmp_path / "classify", 0, 1e-3, tmp_path / "pretrain" / "encoder.safetensors", True)
+    result = downstream(row, pack, tmp_path / "classify", 0, 1e-3, tmp_path / "pretrain" / "encoder.safetensors", True)
     assert 0 <= result["test_accuracy"] <= 1
 
 
@@ -153,8 +153,8 @@ def test_fine_tuning_starts_from_the_weights_that_init_names(tmp_path: Path, pac
     pretrain(pretrain_row(optim={**OPTIM, "epochs": 1}), pack, tmp_path, seed=0)
     init = tmp_path / "encoder.safetensors"
     # A rate so small that no bit moves.
-    classify(classify_row(encoder=None, init="one"), pack, tmp_path / "classify", 0, 1e-30, init, True)
-    weights, _ = checkpoint.read_weights(tmp_path / "classify" / "classifier.safetensors")
+    downstream(classify_row(encoder=None, init="one"), pack, tmp_path / "classify", 0, 1e-30, init, True)
+    weights, _ = checkpoint.read_weights(tmp_path / "classify" / "model.safetensors")
     for name, tensor in checkpoint.read_weights(init)[0].items():
         assert torch.equal(weights[f"encoder.{name}"], tensor), name
 
@@ -194,8 +194,8 @@ def test_an_encoder_is_fine_tuned_at_another_size_and_with_biases_of_each_block_
     pretrain(pretrain_row(encoder=relative, optim={**OPTIM, "epochs": 1}), pack, tmp_path, seed=0)
     larger = tiny_pack(tmp_path / "larger", size=(24, 32))
     row = classify_row(encoder=None, init="one", optim={**TUNE, "epochs": 1})
-    classify(row, larger, tmp_path / "classify", 0, 1e-30, tmp_path / "encoder.safetensors", True)
-    weights, about = checkpoint.read_weights(tmp_path / "classify" / "classifier.safetensors")
+    downstream(row, larger, tmp_path / "classify", 0, 1e-30, tmp_path / "encoder.safetensors", True)
+    weights, about = checkpoint.read_weights(tmp_path / "classify" / "model.safetensors")
     assert about["encoder"]["positions"] == "relative_per_block"
     tables = [one for name, one in weights.items() if name.endswith("relative_position_bias_table")]
     assert [tuple(one.shape) for one in tables] == [(11 * 15 + 3, 4)] * 2
@@ -208,14 +208,14 @@ def test_test_images_are_read_for_the_last_score_only(tmp_path: Path, pack: Pack
     (hidden / "test").rename(tmp_path / "away")
     pretrain(pretrain_row(optim={**OPTIM, "epochs": 1}), open_pack(hidden), tmp_path / "pretrain", seed=0)
     row, folder = classify_row(), tmp_path / "classify"
-    untested = classify(row, open_pack(hidden), folder, 0, 1e-3, None, test=False)
+    untested = downstream(row, open_pack(hidden), folder, 0, 1e-3, None, test=False)
     assert not [key for key in untested if key.startswith("test")]
-    assert not (folder / "classifier.safetensors").exists()
+    assert not (folder / "model.safetensors").exists()
     with pytest.raises(ValueError, match="the pack has no test images"):
-        classify(row, open_pack(hidden), folder, 0, 1e-3, None, test=True)
+        downstream(row, open_pack(hidden), folder, 0, 1e-3, None, test=True)
 
     trained = (folder / "curve.jsonl").read_text()
-    tested = classify(row, pack, folder, 0, 1e-3, None, test=True)
+    tested = downstream(row, pack, folder, 0, 1e-3, None, test=True)
     assert (folder / "curve.jsonl").read_text() == trained, "a finished job is not trained again"
     assert {key: tested[key] for key in untested} == untested
     assert 0 <= tested["test_accuracy"] <= 1
@@ -313,7 +313,7 @@ def test_a_server_answers_each_job_and_ends_when_its_parent_does(
     answer = ask(bad_row)
     assert answer["error"].startswith("row.mask.name: 'randon' is not one of ")
     assert "SpecError" in answer["traceback"]
-    answer = ask(job("classify", pack, tmp_path / "greedy", labels=1000))
+    answer = ask(job("downstream", pack, tmp_path / "greedy", labels=1000))
     assert answer["error"] == "labels: found 1000; the training split has 64 labelled images; lower it"
     answer = ask({**job("pretrain", pack, tmp_path / "nowhere"), "pack": str(tmp_path / "none")})
     assert "there is no pack here" in answer["error"]

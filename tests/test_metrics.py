@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from mim_core.metrics import accuracy, hole_psnr
+from mim_core.metrics.classes import accuracy
+from mim_core.metrics.pictures import hole_psnr
 from mim_core.statistics import difference, interval
 
 

@@ -88,7 +88,7 @@ def test_the_page_says_what_was_found_and_all_files_are_there(published: Publish
     assert numbers["downstream"]["simmim_ft"]["device_hours_with_pretraining"] == pytest.approx(0.6)
     assert numbers["pretrain"]["simmim"]["hole_psnr"] == 17.9
     lines = list(csv.DictReader(io.StringIO((tmp_path / "report" / "accuracy.csv").read_text())))
-    assert [(line["arm"], line["seed"], float(line["test_accuracy"])) for line in lines][3:] == [
+    assert [(line["arm"], line["seed"], float(line["test_score"])) for line in lines][3:] == [
         ("simmim_ft", "0", 0.55), ("simmim_ft", "1", 0.58), ("simmim_ft", "2", 0.58),
     ]  # fmt: skip
     for name in ("accuracy.png", "pretraining.png", "lr_grid.png"):
@@ -318,7 +318,7 @@ def test_the_numbers_of_the_family_are_there_as_csv(published: Published, tmp_pa
         "simmim_1000", "simmim_2000", "", "", "clusters_1000", "scratch", "scratch_2000"
     ]  # fmt: skip
     first, fitted = lines[0], lines[4]
-    assert float(first["test_accuracy"]) == pytest.approx(0.57)
+    assert float(first["test_score"]) == pytest.approx(0.57)
     assert float(first["difference"]) == pytest.approx(0.25)
     assert (first["mask"], first["fill"], first["labels"]) == ("random (0.6)", "mask_token", "1000")
     assert float(fitted["device_hours"]) == pytest.approx(0.75)
@@ -364,7 +364,7 @@ def test_a_large_family_is_drawn_with_a_colour_a_row_and_room_for_each(published
 def test_pretraining_alone_makes_a_report_and_nothing_makes_none(published: Published, tmp_path: Path) -> None:
     shutil.rmtree(published.root / "runs" / "downstream")
     said = report_page.build(tmp_path / "report")
-    assert said["headline"] == "No downstream result is published: nothing can be said about accuracy yet."
+    assert said["headline"] == "No downstream result is published: nothing can be said about encoders yet."
     assert (tmp_path / "report" / "accuracy.png").exists()
     shutil.rmtree(published.root / "runs")
     with pytest.raises(UserError, match="nothing is published"):

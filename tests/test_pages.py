@@ -97,7 +97,7 @@ def test_the_compare_page_shows_both_arms_and_their_accuracy(served: Clone, tmp_
         tmp_path,
         "downstream scratch_2000",
         "downstream simmim_vit_2000",
-        "test_accuracy",
+        "test_score",
         "Parallel Coordinates",
     )
 

@@ -41,7 +41,12 @@ def written(folder: Path, file: str = "data.yaml", path: str = "", value: Any = 
         "data.yaml": {"data": {"tiny": {"source": {"name": "scenes", "size_px": [32, 48]}}}},
         "targets.yaml": {"targets": {"codes": deepcopy(TARGET), "colours": deepcopy(PALETTE)}},
         "pretrain.yaml": {"pretrain_fitted": {"two": deepcopy(FITTED)}, "pretrain": {"one": deepcopy(PRETRAIN)}},
-        "downstream.yaml": {"baselines": {"fresh": deepcopy(CLASSIFY)}, "downstream": {"tuned": deepcopy(TUNED)}},
+        "downstream.yaml": {
+            "baselines": {"fresh": deepcopy(CLASSIFY)},
+            "supervised": {},
+            "downstream": {"tuned": deepcopy(TUNED)},
+            "continued": {},
+        },
     }
     if path:
         at = files[file]
@@ -135,13 +140,49 @@ BAD: list[tuple[str, str, Any, str]] = [
         "downstream",
         "downstream.tuned.init",
         "oen",
-        "tuned.init: 'oen' is not one of *; did you mean 'one'?",
+        "tuned.init: found 'oen'; a downstream row begins from a pretrain row;*; did you mean 'one'?",
     ),
-    ("downstream", "downstream.tuned.init", "scratch", "tuned.init: found 'scratch'; move the row to 'baselines'"),
-    ("downstream", "downstream.tuned.encoder", CLASSIFY["encoder"], "tuned.encoder: found one beside init;*"),
-    ("downstream", "downstream.tuned.task", "clasify", "tuned.task: found 'clasify'; must be 'classify'"),
-    ("downstream", "downstream.fresh", TUNED, "downstream.fresh: a baseline has this name too; rename one"),
-    ("downstream", "baselines.fresh.init", "one", "fresh.init: found 'one'; a baseline starts from 'scratch';*"),
+    ("downstream", "downstream.tuned.init", "scratch", "tuned.init: found 'scratch';* move the row to 'baselines'"),
+    (
+        "downstream",
+        "downstream.tuned.encoder",
+        CLASSIFY["encoder"],
+        "tuned.encoder: found one beside init,*; delete this key",
+    ),
+    ("downstream", "downstream.tuned.task", "clasify", "tuned.task.name: 'clasify' is not one of*mean 'classify'?"),
+    ("downstream", "downstream.fresh", TUNED, "downstream.fresh: 'baselines' has a row of this name too; rename one"),
+    (
+        "downstream",
+        "baselines.fresh.init",
+        "one",
+        "fresh.init: found 'one'; a baseline begins from 'scratch'*move the row to 'downstream'",
+    ),
+    (
+        "downstream",
+        "supervised.theirs",
+        {**TUNED, "init": "one"},
+        "theirs.init: found 'one'; a supervised row begins from a file of weights*move the row to 'downstream'",
+    ),
+    (
+        "downstream",
+        "downstream.tuned.init",
+        "weights/deit.pth",
+        "tuned.init: found 'weights/deit.pth'; a downstream row begins*move the row to 'supervised'",
+    ),
+    (
+        "downstream",
+        "continued.round",
+        {**TUNED, "init": "round"},
+        "round.init: 'round' begins from this row itself; rows may not go round in a circle",
+    ),
+    (
+        "downstream",
+        "continued.later",
+        {**TUNED, "init": "one"},
+        "later.init: found 'one';*move the row to 'downstream'",
+    ),
+    ("downstream", "downstream.tuned.lr_grid", [], "tuned.lr_grid: missing; the task 'classify' trains*"),
+    ("downstream", "downstream.tuned.optim", DELETED, "tuned.optim: missing; the task 'classify' trains*"),
     (
         "downstream",
         "baselines.fresh.encoder",
@@ -178,8 +219,11 @@ def test_faults_of_several_files_come_at_once(tmp_path: Path) -> None:
     (folder / "downstream.yaml").write_text(rows.replace("smoothing: 0.1", "smoothing: 2"))
     found = sorted(faults(folder))
     assert [fault.split(": ")[1] for fault in found] == [
-        "data.tiny.source.trian", "baselines.fresh.smoothing", "downstream.tuned.smoothing", "pretrain.one.mask.ratio"
-    ]  # fmt: skip
+        "data.tiny.source.trian",
+        "baselines.fresh.task.smoothing",
+        "downstream.tuned.task.smoothing",
+        "pretrain.one.mask.ratio",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Pathak et al., "Context Encoders: Feature Learning by Inpainting", CVPR 2016, se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mim_core.encoders.conv import ConvNet
+from mim_core.grid import Level, no_taps
 
 
 class AlexNet(ConvNet):
@@ -54,8 +56,17 @@ class AlexNet(ConvNet):
         out: Tensor = self.pool(super().features(image))
         return out
 
-    def pyramid(self, images: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b d h w"]]:
+    def levels(self, taps: Sequence[int] | None = None) -> list[Level]:
+        """Say what `pyramid` gives; strides are nominal, as maps do not tile the image."""
+        no_taps(taps, "convolutional encoder")
+        widths = [self.block_widths[at] for at in (0, 1, 4, 4)]
+        return [Level(width, stride) for width, stride in zip(widths, (4, 8, 16, 32), strict=True)]
+
+    def pyramid(
+        self, images: Float[Tensor, "b c H W"], taps: Sequence[int] | None = None
+    ) -> list[Float[Tensor, "b d h w"]]:
         """Give the maps of conv1, conv2, conv5 and pool5 for dense tasks: nominal strides 4, 8, 16, 32 px."""
+        no_taps(taps, "convolutional encoder")
         maps = self.maps(images)
         return [maps[0], maps[1], maps[4], self.pool(maps[4])]
 

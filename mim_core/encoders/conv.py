@@ -6,6 +6,7 @@ Source: Pathak et al., "Context Encoders: Feature Learning by Inpainting", CVPR 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from mim_core.grid import Grid
+from mim_core.grid import Grid, Level, no_taps
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -77,6 +78,16 @@ class ConvNet(nn.Module):
         """Give the last map."""
         return self.maps(image)[-1]
 
+    def blocks(self, images: Float[Tensor, "b c H W"]) -> list[tuple[Float[Tensor, "b m d"], Float[Tensor, "b 0 d"]]]:
+        """Give the features after each convolution, row by row; no class token."""
+        outs = [each.flatten(2).transpose(1, 2) for each in self.maps(images)]
+        return [(out, out[:, :0]) for out in outs]
+
+    @property
+    def block_widths(self) -> list[int]:
+        """Width of what `blocks` gives, convolution by convolution."""
+        return [next(int(m.out_channels) for m in stage.modules() if isinstance(m, nn.Conv2d)) for stage in self.stages]
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the papers' code never decays, beside vectors and biases: none."""
         return set()
@@ -125,8 +136,16 @@ class Conv(ConvNet):
         )
         self.stages.append(_stage(widths[-1], bottleneck, stride=1, padding=0, norm=True))
 
-    def pyramid(self, images: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b d h w"]]:
+    def levels(self, taps: Sequence[int] | None = None) -> list[Level]:
+        """Say what `pyramid` gives."""
+        no_taps(taps, "convolutional encoder")
+        return [Level(width, 2 ** (at + 1)) for at, width in enumerate(self.block_widths[:-1])]
+
+    def pyramid(
+        self, images: Float[Tensor, "b c H W"], taps: Sequence[int] | None = None
+    ) -> list[Float[Tensor, "b d h w"]]:
         """Give the halving convolutions' maps for dense tasks: strides 2, 4, ... px. The bottleneck's is not one."""
+        no_taps(taps, "convolutional encoder")
         return self.maps(images)[:-1]
 
 

@@ -6,6 +6,7 @@ inside is timm's `SwinTransformer`, so its weights load there under timm's own n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from jaxtyping import Float, Int
@@ -13,7 +14,7 @@ from pydantic import Field
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from mim_core.grid import Grid
+from mim_core.grid import Grid, Level, no_taps
 from mim_core.spec import Counts
 
 Count = Annotated[int, Field(gt=0)]
@@ -104,12 +105,36 @@ class Swin(nn.Module):
         features: Tensor = swin.norm(swin.layers(tokens.reshape(len(tokens), *self.grid.shape, self.embed_width)))
         return features.flatten(1, 2)
 
-    def pyramid(self, images: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b d h w"]]:
+    def blocks(self, images: Float[Tensor, "b c H W"]) -> list[tuple[Float[Tensor, "b m d"], Float[Tensor, "b 0 d"]]]:
+        """Give the features after each block through all stages, the last after the final norm; no class token."""
+        out, outs = self.backbone.patch_embed(images), []
+        for stage in self.backbone.layers:
+            out = stage.downsample(out)
+            for block in stage.blocks:
+                out = block(out)
+                outs.append(out)
+        outs[-1] = self.backbone.norm(out)
+        return [(each.flatten(1, 2), each.flatten(1, 2)[:, :0]) for each in outs]
+
+    @property
+    def block_widths(self) -> list[int]:
+        """Width of what `blocks` gives, block by block."""
+        return [self.embed_width * 2**stage for stage, depth in enumerate(self.depths) for _ in range(depth)]
+
+    def levels(self, taps: Sequence[int] | None = None) -> list[Level]:
+        """Say what `pyramid` gives: each stage is twice as wide as the one before, at twice its stride."""
+        no_taps(taps, "Swin")
+        return [Level(self.embed_width * 2**at, self.grid.patch_px * 2**at) for at in range(len(self.depths))]
+
+    def pyramid(
+        self, images: Float[Tensor, "b c H W"], taps: Sequence[int] | None = None
+    ) -> list[Float[Tensor, "b d h w"]]:
         """Give each stage's feature map for dense tasks, from the finest to the coarsest.
 
         The last is what `forward` gives, after the final norm. The earlier ones are the stages' own sums of residuals,
         not normed, as pretraining has no norm for them: a dense head normalises them itself.
         """
+        no_taps(taps, "Swin")
         out = self.backbone.patch_embed(images)
         maps = []
         for stage in self.backbone.layers:

@@ -8,6 +8,7 @@ timm's own names, which are the published ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim_core.grid import Grid
+from mim_core.grid import Grid, Level
 from mim_core.positions import sincos
 
 Count = Annotated[int, Field(gt=0)]
@@ -114,29 +115,45 @@ class ViT(nn.Module):
         `kept`: each token's patch index where a fill dropped some, else None. Raises ValueError for kept tokens where
         positions are relative_per_block.
         """
-        vit, bias = self.backbone, self._bias(kept)
-        if vit.pos_embed is None:
-            out = torch.cat([vit.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)  # [b, 1 + n, d]
-        else:
-            prefix, positions = vit.pos_embed[:, :1], vit.pos_embed[:, 1:]
-            if kept is not None:
-                positions = positions.expand(len(tokens), -1, -1).gather(1, kept[..., None].expand(-1, -1, self.width))
-            first = (vit.cls_token + prefix).expand(len(tokens), -1, -1).to(tokens.dtype)
-            out = torch.cat([first, tokens + positions], dim=1)
-        for block in vit.blocks:
-            # In both of timm's blocks the second argument is added to the scores of attention.
-            out = block(out, bias)
-        out = vit.norm(out)
-        return out[:, 1:], out[:, :1]
+        for out in self._run(tokens, kept):
+            last = out  # the list of all would keep each block's in memory, where no gradient needs them
+        return last[:, 1:], last[:, :1]
 
     def forward(self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
         """Give the patches' features alone; see `encode`."""
         return self.encode(tokens, kept)[0]
 
-    def pyramid(self, images: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b d h w"]]:
-        """Give the feature maps for dense tasks; a plain ViT has one, at the patch's stride."""
-        features = self(self.embed(images))
-        return [features.transpose(1, 2).reshape(len(images), self.width, *self.grid.shape)]
+    def blocks(self, images: Float[Tensor, "b c H W"]) -> list[tuple[Float[Tensor, "b n d"], Float[Tensor, "b 1 d"]]]:
+        """Give the patches' features and the class token after each block, the last after the final norm."""
+        return [(out[:, 1:], out[:, :1]) for out in self._run(self.embed(images), None)]
+
+    @property
+    def block_widths(self) -> list[int]:
+        """Width of what `blocks` gives, block by block."""
+        return [self.width] * self.depth
+
+    def taps(self, chosen: Sequence[int] | None = None) -> list[int]:
+        """Give the blocks, counted from 1, that a pyramid is made of: those chosen, or the ends of the four quarters.
+
+        Raises ValueError for a block that is not there.
+        """
+        taps = list(chosen) if chosen else [math.ceil(self.depth * quarter / 4) for quarter in range(1, 5)]
+        for tap in taps:
+            if not 1 <= tap <= self.depth:
+                raise ValueError(f"taps: found {tap}; the encoder's blocks are 1 to {self.depth}; choose among them")
+        return taps
+
+    def levels(self, taps: Sequence[int] | None = None) -> list[Level]:
+        """Say what `pyramid` gives: a plain ViT's maps are all of one width and stride."""
+        return [Level(self.width, self.grid.patch_px)] * len(self.taps(taps))
+
+    def pyramid(
+        self, images: Float[Tensor, "b c H W"], taps: Sequence[int] | None = None
+    ) -> list[Float[Tensor, "b d h w"]]:
+        """Give the feature maps of some blocks (see `taps`) for dense tasks, the last block's after the final norm."""
+        outs = [features for features, _ in self.blocks(images)]
+        shape = (len(images), self.width, *self.grid.shape)
+        return [outs[tap - 1].transpose(1, 2).reshape(shape) for tap in self.taps(taps)]
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the papers' code never decays, beside vectors and biases.
@@ -155,6 +172,22 @@ class ViT(nn.Module):
         if name.startswith(("patch_embed.", "pos_embed", "cls_token")):
             return 0
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.depth + 1
+
+    def _run(self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None) -> Iterator[Tensor]:
+        """Add positions and give what comes out of each block: [b, 1 + n, d], class token first."""
+        vit, bias = self.backbone, self._bias(kept)
+        if vit.pos_embed is None:
+            out = torch.cat([vit.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        else:
+            prefix, positions = vit.pos_embed[:, :1], vit.pos_embed[:, 1:]
+            if kept is not None:
+                positions = positions.expand(len(tokens), -1, -1).gather(1, kept[..., None].expand(-1, -1, self.width))
+            first = (vit.cls_token + prefix).expand(len(tokens), -1, -1).to(tokens.dtype)
+            out = torch.cat([first, tokens + positions], dim=1)
+        for index, block in enumerate(vit.blocks, 1):
+            # In both of timm's blocks the second argument is added to the scores of attention.
+            out = block(out, bias)
+            yield vit.norm(out) if index == self.depth else out
 
     def _bias(self, kept: Int[Tensor, "b n"] | None) -> Tensor | None:
         """Give the shared bias of each pair of tokens: [heads, t, t], or [b, heads, t, t] of kept tokens; t = 1 + n."""

@@ -22,18 +22,18 @@ from typing import Any
 import torch
 
 from mim_core.data.pack import open_pack
-from mim_core.jobs.classify import classify
+from mim_core.jobs.downstream import downstream
 from mim_core.jobs.fit_target import fit_target
 from mim_core.jobs.pretrain import pretrain
 from mim_core.params import DownstreamRow, PretrainRow, TargetRow
 from mim_core.spec import check
 
-__all__ = ["classify", "fit_target", "main", "perform", "pretrain"]
+__all__ = ["downstream", "fit_target", "main", "perform", "pretrain"]
 
 
 def perform(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a job as it comes over the wire: `kind`, `row`, `pack`, `folder`, `seed`; for pretrain `fitted`; for classify
-    `lr`, `init`, `test`."""
+    """Run a job as it comes over the wire: `kind`, `row`, `pack`, `folder`, `seed`; for pretrain `fitted`; for
+    downstream `lr`, `init`, `test`."""
     pack, folder, seed = open_pack(Path(job["pack"])), Path(job["folder"]), job["seed"]
     torch.set_num_threads(job["threads"])
     if job["kind"] == "fit_target":
@@ -41,8 +41,8 @@ def perform(job: Mapping[str, Any]) -> dict[str, Any]:
     if job["kind"] == "pretrain":
         fitted = job["fitted"]
         return pretrain(check(PretrainRow, job["row"], "row"), pack, folder, seed, Path(fitted) if fitted else None)
-    row, init = check(DownstreamRow, job["row"], "row"), job["init"]
-    return classify(row, pack, folder, seed, job["lr"], Path(init) if init else None, job["test"])
+    row = check(DownstreamRow, job["row"], "row")
+    return downstream(row, pack, folder, seed, job["lr"], job["init"], job["test"])
 
 
 def main() -> None:

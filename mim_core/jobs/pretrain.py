@@ -18,7 +18,7 @@ from mim_core.grid import Grid
 from mim_core.jobs.run import Run, about, player, result
 from mim_core.losses import LOSSES
 from mim_core.masks import MASKS, OBJECT_MASKS, avg_distance, generator, random
-from mim_core.metrics import hole_psnr
+from mim_core.metrics.pictures import hole_psnr
 from mim_core.optim import Player, adamw
 from mim_core.params import PretrainRow, TokenizerOf
 from mim_core.pretext import Box, Masked, MaskedFetch, MaskedModel, Pretext, Scope, assemble, hole

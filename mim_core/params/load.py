@@ -21,11 +21,13 @@ class Params(Strict):
     pretrain_fitted: dict[str, PretrainRow]
     pretrain: dict[str, PretrainRow]
     baselines: dict[str, DownstreamRow]
+    supervised: dict[str, DownstreamRow]
     downstream: dict[str, DownstreamRow]
+    continued: dict[str, DownstreamRow]
 
     def judged(self) -> dict[str, DownstreamRow]:
-        """Baselines and downstream rows together."""
-        return {**self.baselines, **self.downstream}
+        """All rows of downstream tasks together."""
+        return {name: row for section in JUDGED for name, row in getattr(self, section).items()}
 
     def pretrained(self) -> dict[str, PretrainRow]:
         """All pretraining rows together."""
@@ -33,22 +35,25 @@ class Params(Strict):
 
 
 Sections = tuple[str, ...]
+JUDGED: Sections = ("baselines", "supervised", "downstream", "continued")
+"""Sections of downstream rows, by where they begin: DVC has no optional dependency, so each is a stage of its own."""
 FILES: dict[str, Sections] = {
     "data.yaml": ("data",),
     "targets.yaml": ("targets",),
     # DVC has no optional dependency, so rows whose target is fitted first have a section, and a stage, of their own.
     "pretrain.yaml": ("pretrain_fitted", "pretrain"),
-    "downstream.yaml": ("baselines", "downstream"),
+    "downstream.yaml": JUDGED,
 }
-RECIPES: dict[str, Sections] = {"recipes.yaml": ("data", "targets", "pretrain_fitted", "pretrain")}
+RECIPES: dict[str, Sections] = {
+    "recipes.yaml": ("data", "targets", "pretrain_fitted", "pretrain", "baselines", "downstream")
+}
 ROW_NAME = "abcdefghijklmnopqrstuvwxyz0123456789_-"
 MODELS: dict[str, type[Strict]] = {
     "data": DataRow,
     "targets": TargetRow,
     "pretrain_fitted": PretrainRow,
     "pretrain": PretrainRow,
-    "downstream": DownstreamRow,
-    "baselines": DownstreamRow,
+    **dict.fromkeys(JUDGED, DownstreamRow),
 }
 
 

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mim_core.devices import Compute
 from mim_core.encoders import ENCODERS
 from mim_core.losses import CLASS_LOSSES
 from mim_core.masks import MASKS, generator
 from mim_core.params.rows import DownstreamRow, PretrainRow, TargetRow
 from mim_core.pretext import assemble
 from mim_core.spec import Piece, bind, build, nearest
+from mim_core.tasks import TASKS
+from mim_core.tasks.task import Facts
 from mim_core.tokenizers import TOKENIZERS
 
 if TYPE_CHECKING:
@@ -26,6 +29,16 @@ CHANNELS = 3
 """Every source gives RGB."""
 DRAWN = 4
 """Masks drawn to find whether they differ."""
+NEUTRAL_CLASSES = ("a", "b")
+"""Classes of a task while no data is read."""
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+NOWHERE = "check the name"
+STARTS = {
+    "baselines": "a baseline begins from 'scratch' or from 'timm:NAME'",
+    "supervised": "a supervised row begins from a file of weights",
+    "downstream": "a downstream row begins from a pretrain row",
+    "continued": "a continued row begins from another row of this file",
+}
 
 
 def relations(params: Params, places: Mapping[str, str]) -> list[str]:
@@ -44,14 +57,18 @@ def relations(params: Params, places: Mapping[str, str]) -> list[str]:
             faults += [f"{where}{fault}" for fault in misplaced]
             if size and not misplaced:
                 faults += [f"{where}.{fault}" for fault in _fits(row, size, params)]
-    for section in ("baselines", "downstream"):
+    taken: dict[str, str] = {}
+    for section in (one for one in STARTS if one in places):
         judged: dict[str, DownstreamRow] = getattr(params, section)
         for name, one in judged.items():
             where = f"{places[section]}.{name}"
             size = _size(params, one.data, where, faults)
-            faults += [f"{where}.{fault}" for fault in _starts(section, one, params, size)]
-            if section == "downstream" and name in params.baselines:
-                faults.append(f"{where}: a baseline has this name too; rename one")
+            faults += [f"{where}.{fault}" for fault in (*_starts(section, name, one, params), *_trained(one))]
+            if size:
+                faults += [f"{where}.{fault}" for fault in _judges(one, params, size)]
+            if name in taken:
+                faults.append(f"{where}: '{taken[name]}' has a row of this name too; rename one")
+            taken[name] = section
     return faults
 
 
@@ -142,24 +159,92 @@ def _unfit(row: PretrainRow, model: Any, target: Any, masks: list[np.ndarray]) -
             yield f"adversarial.sees: the masks of '{row.mask.name}' move, so that there is no one hole; use image"
 
 
-def _starts(section: str, row: DownstreamRow, params: Params, size: tuple[int, int] | None) -> list[str]:
-    if section == "baselines":
-        if row.init != "scratch":
-            return [f"init: found '{row.init}'; a baseline starts from 'scratch'; move the row to 'downstream'"]
-        if row.encoder is None:
-            return ["encoder: missing; a row from scratch names the encoder to start afresh"]
-        return _fault_of(row.encoder, size, "encoder") if size else []
-    if row.init == "scratch":
-        return ["init: found 'scratch'; move the row to 'baselines'"]
-    known = params.pretrained()
-    if row.init not in known:
-        return [f"init: '{row.init}' is not one of {sorted(known)}{nearest(row.init, known)}"]
-    if row.encoder is not None:
-        return ["encoder: found one beside init; the pretrain row already names it; delete this key"]
-    before = params.data.get(known[row.init].data)
-    if not size or not before or tuple(before.source.params()["size_px"]) == size:
+def _starts(section: str, name: str, row: DownstreamRow, params: Params) -> list[str]:
+    """Check where a row begins against the section that it stands in."""
+    own, begins = STARTS[section], row.init.partition(":")[0]
+    if section == "supervised":
+        if not row.init.endswith(WEIGHT_FILES):
+            endings = ", ".join(WEIGHT_FILES)
+            return [f"init: found '{row.init}'; {own}, which ends in {endings}; {_elsewhere(row, params)}"]
+    elif section == "baselines":
+        if begins not in ("scratch", "timm"):
+            return [f"init: found '{row.init}'; {own}; {_elsewhere(row, params)}"]
+    else:
+        known = params.pretrained() if section == "downstream" else params.judged()
+        if row.init not in known:
+            where = _elsewhere(row, params)
+            hint = where if where != NOWHERE else f"choose one of {sorted(known)}{nearest(row.init, known)}"
+            return [f"init: found '{row.init}'; {own}; {hint}"]
+        if section == "continued" and name in _line(row, params):
+            return [f"init: '{row.init}' begins from this row itself; rows may not go round in a circle"]
+    if row.init == "scratch" and row.encoder is None:
+        return ["encoder: missing; a row from scratch names the encoder to start afresh"]
+    if row.init != "scratch" and row.encoder is not None:
+        return ["encoder: found one beside init, which already tells it; delete this key"]
+    return []
+
+
+def _elsewhere(row: DownstreamRow, params: Params) -> str:
+    """Say which section a row belongs to by its init."""
+    if row.init == "scratch" or row.init.startswith("timm:"):
+        return "move the row to 'baselines'"
+    if row.init.endswith(WEIGHT_FILES):
+        return "move the row to 'supervised'"
+    if row.init in params.pretrained():
+        return "move the row to 'downstream'"
+    return "move the row to 'continued'" if row.init in params.judged() else NOWHERE
+
+
+def _line(row: DownstreamRow, params: Params) -> list[str]:
+    """Give the downstream rows that a row begins from, one from another."""
+    line: list[str] = []
+    judged = params.judged()
+    while row.init in judged and row.init not in line:
+        line.append(row.init)
+        row = judged[row.init]
+    return line
+
+
+def _encoder(row: DownstreamRow, params: Params) -> Piece | None:
+    """The encoder that a row judges, where rows tell it and not a file; its data row's size may be another."""
+    for name in (None, *_line(row, params)):
+        one = params.judged()[name] if name else row
+        if one.encoder:
+            return one.encoder
+        if one.init in params.pretrained():
+            return params.pretrained()[one.init].encoder
+    return None
+
+
+def _trained(row: DownstreamRow) -> Iterator[str]:
+    trains = TASKS[row.task.name].trains  # type: ignore[attr-defined]
+    for key, found in (("optim", row.optim is not None), ("lr_grid", bool(row.lr_grid))):
+        if trains and not found:
+            yield f"{key}: missing; the task '{row.task.name}' trains, and this key is required"
+        if not trains and found:
+            yield f"{key}: found one; the task '{row.task.name}' trains nothing; delete this key"
+
+
+def _judges(row: DownstreamRow, params: Params, size: tuple[int, int]) -> list[str]:
+    """Build the task on its encoder, to find what does not divide and which pieces do not go together."""
+    piece = _encoder(row, params)
+    if piece is None:
+        return []
+    before = params.data.get(params.pretrained()[row.init].data) if row.init in params.pretrained() else None
+    if before and tuple(before.source.params()["size_px"]) == size and _fault_of(piece, size, ""):
         return []  # what is wrong at the pretraining size is told there
-    return _fault_of(known[row.init].encoder, size, f"init: '{row.init}' at {list(size)} px: encoder")
+    where = "encoder" if row.encoder else f"init: '{row.init}' at {list(size)} px: encoder"
+    faults = _fault_of(piece, size, where)
+    if faults:
+        return faults
+    neutral = (0.5,) * CHANNELS
+    facts = Facts(size, CHANNELS, neutral, neutral, NEUTRAL_CLASSES, NEUTRAL_CLASSES, ())
+    try:
+        with torch.device("meta"):
+            build(TASKS, row.task, build(ENCODERS, piece, size, CHANNELS), facts, Compute(torch.device("meta"), False))
+    except ValueError as error:
+        return [f"task.{error}"]
+    return []
 
 
 def _fault_of(encoder: Piece, size: tuple[int, int], where: str) -> list[str]:

@@ -15,9 +15,10 @@ from mim_core.fit_target import Anneal, Temperature
 from mim_core.heads import HEADS
 from mim_core.losses import LOSSES
 from mim_core.masks import MASKS
-from mim_core.optim import SCHEDULES
+from mim_core.optim import OPTIMISERS, SCHEDULES
 from mim_core.spec import OneOf, Piece, Strict, pair
 from mim_core.targets import TARGETS
+from mim_core.tasks import TASKS
 from mim_core.tokenizers import TOKENIZERS
 from mim_core.transforms import Augment
 
@@ -27,8 +28,11 @@ Whole = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+BETAS = (0.9, 0.999)
+
+
 class FineTune(Strict):
-    """AdamW under warm-up and a schedule; the rate comes from a grid."""
+    """An optimiser under warm-up and a schedule; the rate comes from a grid."""
 
     batch: Whole
     epochs: Positive
@@ -39,10 +43,23 @@ class FineTune(Strict):
     floor: Share = 0.0
     """The last learning rate as a share of the peak."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: Annotated[tuple[Share, Share], BeforeValidator(pair)] = (0.9, 0.999)
+    optimiser: Annotated[Piece, OneOf(OPTIMISERS), Field(validate_default=True)] = "adamw"  # type: ignore[assignment]
+    betas: Annotated[tuple[Share, Share], BeforeValidator(pair)] = BETAS
+    """AdamW's."""
     clip: Positive | None = None
     """Largest gradient norm."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights, which is what is evaluated and saved (see `optim.Average`)."""
+
+    @model_validator(mode="after")
+    def _betas_are_adamws(self) -> FineTune:
+        if self.optimiser.name != "adamw" and self.betas != BETAS:
+            raise ValueError(
+                f"found betas {list(self.betas)} with the optimiser {self.optimiser.name}; they are adamw's; delete "
+                "betas, or give the optimiser's own momentum"
+            )
+        return self
 
     def steps(self, images: int) -> tuple[int, int]:
         """Steps in all and of warm-up, for a training set of `images`."""
@@ -51,7 +68,7 @@ class FineTune(Strict):
 
 
 class Optim(FineTune):
-    """AdamW at one rate: `lr` is that of the step; `base_lr` is the papers' rate for `base_batch` images a step."""
+    """An optimiser at one rate: `lr` is that of the step; `base_lr` is the papers' rate for `base_batch` images a step."""
 
     lr: Positive | None = None
     base_lr: Positive | None = None
@@ -145,20 +162,24 @@ class PretrainRow(Strict):
 
 
 class DownstreamRow(Strict):
-    """A task that judges an encoder: `init` is a pretrain row, or `scratch` with the `encoder` to start afresh."""
+    """A task that judges an encoder.
 
-    task: Literal["classify"]
+    `init` is `scratch` with the `encoder` to start afresh, a pretrain row, a downstream row (a supervised middle
+    stage), a file of weights, or `timm:NAME`; the section that a row stands in says which.
+    """
+
+    task: Annotated[Piece, OneOf(TASKS)]
     data: str
     init: str
     encoder: Annotated[Piece, OneOf(ENCODERS)] | None = None
     labels: Whole | None = None
     """Labelled training images; all of them where it is left out."""
-    lr_grid: Annotated[list[Positive], Field(min_length=1)]
+    lr_grid: list[Positive] = Field(default_factory=list)
     """Learning rates to choose from, on validation images, with the first seed."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
     augment: Augment | None = None
-    smoothing: Share = 0.0
     drop_path: Share = 0.0
-    optim: FineTune
+    optim: FineTune | None = None
+    """Left out, as is `lr_grid`, by a task that trains nothing."""
     precision: Precision = "auto"
     checkpoint_minutes: Positive = 1.0

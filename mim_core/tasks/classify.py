@@ -8,19 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
+from mim_core import gallery
 from mim_core.data.order import Address, read_images
-from mim_core.data.pack import Pack, Split, batched
+from mim_core.data.pack import Split, batched
 from mim_core.devices import Compute
-from mim_core.metrics import accuracy
+from mim_core.metrics.classes import accuracy
+from mim_core.tasks.task import Facts, Fetch
 from mim_core.transforms import Augment, normalise
+
+BATCH = 256
+"""Images that are evaluated at once."""
+MISTAKES = 24
+"""Images that are drawn at most."""
 
 
 class Classifier(nn.Module):
@@ -65,29 +74,67 @@ class LabelledFetch:
         return Labelled(images, torch.from_numpy(labels))
 
 
-class Classification(nn.Module):
-    """The objective: cross-entropy, with label smoothing."""
+class Classify:
+    """Fine-tune for classes: cross-entropy, with label `smoothing`."""
 
-    def __init__(self, model: Classifier, pack: Pack, compute: Compute, smoothing: float) -> None:
-        super().__init__()
-        self.model, self.pack, self.compute, self.smoothing = model, pack, compute, smoothing
+    needs = ("labels",)
+    score = "accuracy"
+    trains = True
+
+    def __init__(
+        self,
+        encoder: Any,
+        facts: Facts,
+        compute: Compute,
+        *,
+        smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    ) -> None:
+        self.model = Classifier(encoder, len(facts.classes))
+        self.facts, self.compute, self.smoothing = facts, compute, smoothing
+
+    def labelled(self, split: Split) -> np.ndarray:
+        return np.flatnonzero(split.labels >= 0)
+
+    def fetch(self, split: Split, augment: Augment | None, seed: int) -> Fetch:
+        return LabelledFetch(split, augment, seed)
+
+    def begin(self, images: Split, chosen: np.ndarray) -> None:
+        pass
 
     def losses(self, batch: Labelled, step: int) -> Iterator[tuple[str, Tensor]]:
+        logits = self.logits(batch.images)
+        yield "model", F.cross_entropy(logits, batch.labels.to(logits.device), label_smoothing=self.smoothing)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Score uint8 images [b, c, H, W] by class [b, k], in fp32."""
         with self.compute.autocast():
-            logits = self.model(normalise(batch.images.to(self.compute.device), self.pack.mean, self.pack.std))
-        yield "model", F.cross_entropy(logits.float(), batch.labels.to(logits.device), label_smoothing=self.smoothing)
+            logits = self.model(normalise(images.to(self.compute.device), self.facts.mean, self.facts.std))
+        return logits.float()  # type: ignore[no-any-return]
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Give top-1 accuracy and cross-entropy over a split's labelled images."""
+        scores, labels = self._scores(split)
+        return {"accuracy": accuracy(scores, labels), "cross_entropy": F.cross_entropy(scores, labels).item()}
+
+    def draw(self, split: Split, path: Path) -> None:
+        """Draw the worst mistakes: the images whose own class got the least."""
+        scores, labels = self._scores(split)
+        chances = scores.softmax(-1).gather(1, labels[:, None]).squeeze(1)
+        worst = [int(at) for at in chances.argsort()[:MISTAKES] if scores[at].argmax() != labels[at]]
+        indices, names = self.labelled(split)[worst], self.facts.classes
+        said = [f"{names[int(labels[at])]}, taken for {names[int(scores[at].argmax())]}" for at in worst]
+        images = [torch.from_numpy(np.array(split.images[index])) / 255 for index in indices]
+        caption = f"Worst mistakes among {len(labels):,} images ({accuracy(scores, labels):.1%} are right)"
+        gallery.draw_labelled(images, said, caption).save(path)
 
     @torch.no_grad()
-    def evaluate(self, split: Split, batch: int = 256) -> dict[str, float]:
-        """Top-1 accuracy and cross-entropy over a split's labelled images."""
+    def _scores(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Score a split's labelled images: logits [n, k] and class numbers [n]."""
         self.model.eval()
+        labelled = self.labelled(split)
         logits = []
-        labelled = np.flatnonzero(split.labels >= 0)
-        for indices in batched(map(int, labelled), batch):
-            images = torch.from_numpy(np.stack([split.images[index] for index in indices])).to(self.compute.device)
-            with self.compute.autocast():
-                logits.append(self.model(normalise(images, self.pack.mean, self.pack.std)).float().cpu())
+        for indices in batched(map(int, labelled), BATCH):
+            images = torch.from_numpy(np.stack([split.images[index] for index in indices]))
+            logits.append(self.logits(images).cpu())
         self.model.train()
-        labels = torch.from_numpy(split.labels[labelled])
-        scores = torch.cat(logits)
-        return {"accuracy": accuracy(scores, labels), "cross_entropy": F.cross_entropy(scores, labels).item()}
+        return torch.cat(logits), torch.from_numpy(split.labels[labelled])

@@ -1,4 +1,4 @@
-"""Metrics of pictures and of classes."""
+"""Metrics of pictures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,3 @@ def hole_psnr(
 def psnr(error: float) -> float:
     """Peak signal-to-noise ratio in dB of a mean squared error between pictures in [0, 1]."""
     return math.inf if error == 0 else -10 * math.log10(error)
-
-
-def accuracy(logits: Float[Tensor, "b k"], labels: Tensor) -> float:
-    """Share of images whose highest logit is the label's."""
-    return (logits.argmax(-1) == labels).double().mean().item()

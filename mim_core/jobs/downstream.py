@@ -1,0 +1,123 @@
+"""Train and judge a row of a downstream task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mim_core import checkpoint, devices, published
+from mim_core.data.order import Order
+from mim_core.data.pack import Pack, label_budget
+from mim_core.encoders import ENCODERS
+from mim_core.encoders.interpolate import adapt
+from mim_core.jobs.run import Run, about, player, result
+from mim_core.params import DownstreamRow, EncoderOf
+from mim_core.spec import Piece, build, check
+from mim_core.tasks import TASKS
+from mim_core.tasks.task import Facts
+from mim_core.train import Scalars
+
+EVALUATIONS = 4
+WEIGHTS, PICTURE = "model.safetensors", "predictions.png"
+
+
+@dataclass(frozen=True)
+class Begin:
+    """The encoder that a file holds: its piece, its weights and the (height, width) in px that they were trained at."""
+
+    encoder: Piece
+    weights: dict[str, Tensor]
+    size: tuple[int, int] | None
+
+
+def downstream(
+    row: DownstreamRow, pack: Pack, folder: Path, seed: int, lr: float, init: Path | str | None, test: bool
+) -> dict[str, Any]:
+    """Train a row with one seed and learning rate; test images are read only where `test` asks for the last score.
+
+    `init` is the file of weights to begin from. A finished job that is run again with `test` is not trained again: its
+    weights are there. Gives the final scalars; `validation_score` and `test_score` are the task's own metric.
+    """
+    compute = devices.choose(precision=row.precision)
+    torch.manual_seed(seed)
+    begun = begin(Path(init)) if init else None
+    piece = begun.encoder if begun else row.encoder
+    assert piece is not None, "params.load holds that a row from scratch names its encoder"
+    piece = tuned(piece, row.drop_path)
+    encoder = build(ENCODERS, piece, pack.size, pack.channels)
+    if begun:
+        encoder.load_state_dict(adapt(begun.weights, encoder, begun.size))
+    task = build(TASKS, row.task, encoder, Facts.of(pack), compute)
+    model = task.model
+    compute.prepare(model)
+    images = pack.split("train")
+    labelled = task.labelled(images)
+    classes = np.full(len(images), -1)
+    # Images without a class are as good as one another for a budget of labels.
+    classes[labelled] = np.maximum(images.labels[labelled], 0)
+    chosen = label_budget(classes, row.labels, seed)
+    task.begin(images, chosen)
+
+    def layer(name: str) -> int:
+        inner = name.removeprefix("encoder.")
+        return int(encoder.layer(inner)) if inner != name else encoder.depth + 1
+
+    def no_decay(name: str) -> bool:
+        return name.removeprefix("encoder.") in encoder.no_weight_decay()
+
+    def judge(split: str) -> Scalars:
+        found: Scalars = task.evaluate(pack.split(split))
+        return {f"{split}_score": found[task.score], **{f"{split}_{key}": value for key, value in found.items()}}
+
+    if row.optim is None:
+        run = Run(folder, model, {}, 1, row.checkpoint_minutes)
+        run.resume()
+        run.report(1, judge("validation"))
+        seen = len(chosen)
+    else:
+        layers = encoder.depth + 2
+        steps, own = player(row.optim, len(chosen), model, lr, no_decay=no_decay, layer=layer, layers=layers)
+        run = Run(folder, model, {"model": own}, steps, row.checkpoint_minutes)
+        batch = min(row.optim.batch, len(chosen))
+        order = Order(chosen, batch, seed, 0, steps)
+        run.train(task, task.fetch(images, row.augment, seed), order, lambda step: judge("validation"), EVALUATIONS)
+        seen = steps * batch
+    found = {**result(folder, seen, model, compute), "metric": task.score, "encoder": piece.model_dump(mode="json")}
+    if test:
+        head = {**about(piece, pack), "task": row.task.model_dump(mode="json"), "classes": pack.classes}
+        head |= {"segments": pack.meta.get("segments", []), "annotations": pack.meta["annotations"]}
+        checkpoint.write_weights(folder / WEIGHTS, model.state_dict(), head)
+        found |= judge("test")
+        task.draw(pack.split("test"), folder / PICTURE)
+    return found
+
+
+def begin(file: Path) -> Begin:
+    """Read the encoder of a file: of our own runs (pretraining or a task), or published weights.
+
+    Raises ValueError, SpecError where there is none.
+    """
+    if file.suffix == ".safetensors":
+        weights, said = checkpoint.read_weights(file)
+        if "encoder" in said:
+            piece = check(EncoderOf, {"encoder": said["encoder"]}, str(file)).encoder
+            inner = {name.removeprefix("encoder."): one for name, one in weights.items() if name.startswith("encoder.")}
+            return Begin(piece, inner or weights, tuple(said["size"]))
+    found = published.convert(published.read_state(file))
+    if found.pieces.encoder is None:
+        raise ValueError(f"{file}: found {found.family}; it has no encoder; a task begins from an encoder")
+    return Begin(found.pieces.encoder, dict(found.weights["encoder"]), found.size)
+
+
+def tuned(encoder: Piece, drop_path: float) -> Piece:
+    """Give the form in which an encoder is fine-tuned: with the row's drop path, and a relative bias of each block's
+    own, which begins as the one that all blocks shared (BEiT's published fine-tuning)."""
+    changes: dict[str, Any] = {"drop_path": drop_path} if "drop_path" in encoder.params() else {}
+    if encoder.params().get("positions") == "relative":
+        changes["positions"] = "relative_per_block"
+    return encoder.model_copy(update=changes)

@@ -1,0 +1,1 @@
+"""Metrics, by what they judge: pictures, classes, segments, boxes."""
