@@ -1,19 +1,23 @@
-"""Optimisers and schedules.
+"""Optimisers, schedules and the moving average of weights.
 
-AdamW with the papers' decay exclusions and layer-wise learning-rate decay; learning rates are pure functions of the
-step, so that a resume needs no scheduler state.
+The papers' decay exclusions and layer-wise learning-rate decay; learning rates are pure functions of the step, so that
+a resume needs no scheduler state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from timm.optim.lars import Lars
 from torch import Tensor, nn
+
+from mim_core.spec import Table
 
 
 def cosine(
@@ -72,27 +76,81 @@ def param_groups(
     layer: Callable[[str], int] = lambda name: 0,
     layers: int = 1,
     layer_decay: float = 1.0,
+    factor: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
     """Group parameters by decay and layer.
 
     Vectors (biases, norms) and names that `no_decay` marks are not decayed. Layer i of `layers` learns at
-    layer_decay ** (layers - 1 - i) of the rate: the last layer at the full rate (BEiT, section 3.1; MAE, appendix A.1).
-    Each group has `lr_scale`, `weight_decay` and `names`.
+    layer_decay ** (layers - 1 - i) of the rate: the last layer at the full rate (BEiT, section 3.1; MAE, appendix A.1);
+    `factor` multiplies it by a parameter's own. Each group has `lr_scale`, `weight_decay` and `names`.
     """
-    groups: dict[tuple[bool, int], dict[str, Any]] = {}
+    groups: dict[tuple[bool, int, float], dict[str, Any]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         decays = parameter.ndim > 1 and not name.endswith(".bias") and not no_decay(name)
         index = layer(name)
-        scale = layer_decay ** (layers - 1 - index)
+        scale = layer_decay ** (layers - 1 - index) * factor(name)
         group = groups.setdefault(
-            (decays, index),
+            (decays, index, scale),
             {"params": [], "names": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale},
         )
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+class Average:
+    """An exponential moving average of what a model learns: its trained parameters and its norms' running moments.
+
+    After step n, counted from 0, it moves 1 - min(decay, (1 + n) / (10 + n)) of the way to the weights: the rising
+    share (that of TensorFlow's moving averages) lets a run of fewer steps than 1 / (1 - decay) forget where it began.
+    """
+
+    own: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+
+    def begin(self) -> None:
+        """Begin at the model's weights, which are on their device and stay where they are in memory from here on."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        state = self.model.state_dict()
+        self.own = {name: one for name, one in state.items() if one.is_floating_point() and name not in frozen}
+        self.values = {name: one.clone() for name, one in self.own.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), list(self.own.values()), share)
+
+    @contextmanager
+    def worn(self) -> Iterator[None]:
+        """Put the average in the weights' place for a while."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def wear(self) -> None:
+        """Put the average in the weights' place for good."""
+        for name, one in self.own.items():
+            one.copy_(self.values[name])
+
+    def load(self, values: dict[str, Tensor]) -> None:
+        """Take the average of a checkpoint."""
+        for name, one in self.values.items():
+            one.copy_(values[name])
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, one in self.own.items():
+            kept = one.clone()
+            one.copy_(self.values[name])
+            self.values[name].copy_(kept)
 
 
 @dataclass
@@ -102,6 +160,7 @@ class Player:
     optimiser: torch.optim.Optimizer
     rate: Callable[[int], float]
     clip: float | None = None
+    average: Average | None = None
 
     def step(self, step: int) -> Tensor:
         """Set the rate, clip, step and clear the gradients; gives the gradient norm before clipping (not read yet)."""
@@ -111,9 +170,52 @@ class Player:
             group["lr"] = self.rate(step) * group["lr_scale"]
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update(step)
         return norm
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs: the optimiser's state and the average."""
+        return {"optimiser": self.optimiser.state_dict(), "average": self.average.values if self.average else None}
 
-def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.average:
+            self.average.load(state["average"])
+
+
+Groups = list[dict[str, Any]]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+def adamw(groups: Groups, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Optimizer:
     """AdamW in its fused form, which updates all tensors of a group in one pass."""
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+
+
+def sgd(groups: Groups, *, momentum: Momentum = 0.9, nesterov: bool = False) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum."""
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov and momentum > 0)
+
+
+def lars(
+    groups: Groups, *, momentum: Momentum = 0.9, trust: Annotated[float, Field(gt=0)] = 1e-3
+) -> torch.optim.Optimizer:
+    """LARS (You et al., 2017), as MAE's linear probe uses it: momentum under rates in proportion to a weight's norm.
+
+    Each matrix learns at trust * |w| / (|g| + weight_decay * |w|) of the rate, also where nothing is decayed; vectors
+    learn at the rate itself. A matrix of zeros learns at the rate.
+    """
+    parted = []
+    for group in groups:
+        for matrices in (True, False):
+            pairs = zip(group["params"], group["names"], strict=True)
+            kept = [(one, name) for one, name in pairs if (one.ndim > 1) == matrices]
+            if kept:
+                params, names = map(list, zip(*kept, strict=True))
+                parted.append({**group, "params": params, "names": names, "always_adapt": matrices})
+    optimiser: torch.optim.Optimizer = Lars(parted, lr=0.0, momentum=momentum, trust_coeff=trust)
+    return optimiser
+
+
+OPTIMISERS: Table = {"adamw": adamw, "sgd": sgd, "lars": lars}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Annotated
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import AfterValidator, Field
+from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from mim_core.spec import Range, Strict
@@ -26,15 +32,50 @@ def _above_zero(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-class Augment(Strict):
-    """Random resized crop and horizontal flip, as the papers' pretraining uses them.
+class RandAugment(Strict):
+    """RandAugment (Cubuk et al., 2020) in timm's form, by default the papers' `rand-m9-mstd0.5-inc1`.
 
-    `scale` is the crop's share of the area, `ratio` its width over height, `flip` a probability.
+    Each of `operations` draws from timm's 15, is left out half of the time, and has a magnitude from a normal round
+    `magnitude` of `deviation`, in tenths of its range; in the `increasing` set more is always stronger.
+    """
+
+    magnitude: Annotated[int, Field(ge=0, le=10)] = 9
+    deviation: Annotated[float, Field(ge=0, le=10)] = 0.5
+    operations: Annotated[int, Field(gt=0)] = 2
+    increasing: bool = True
+
+    def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        """Augment one uint8 image [c, H, W] of 1 or 3 channels."""
+        with seeded(rng):
+            return TF.pil_to_tensor(_rand_augment(self, min(image.shape[-2:]))(TF.to_pil_image(image)))
+
+
+@functools.cache
+def _rand_augment(chosen: RandAugment, side: int) -> Any:
+    config = f"rand-m{chosen.magnitude}-n{chosen.operations}-mstd{chosen.deviation:g}-inc{int(chosen.increasing)}"
+    # timm's own training moves images by up to 0.45 of the shorter side, in px.
+    return rand_augment_transform(config, {"translate_const": int(0.45 * side)})
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Augment(Strict):
+    """What is done to a training image: the crop and flip of the papers' pretraining, and their fine-tuning's more.
+
+    `scale` is the crop's share of the area, `ratio` its width over height, `flip` a probability. Then, where they are
+    set: `jitter`, by up to which share brightness, contrast and saturation change (timm's recipes leave it out beside
+    `randaugment`); `randaugment`, `{}` for the papers'; `erase`, the probability that a rectangle of 2 to 33 % becomes
+    noise, of N(128, 64) on each value (in the papers' code N(0, 1) after normalisation). All is drawn from the sample's
+    generator.
     """
 
     scale: Annotated[Range, AfterValidator(_share)] = (0.67, 1.0)
     ratio: Annotated[Range, AfterValidator(_above_zero)] = (3 / 4, 4 / 3)
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    flip: Probability = 0.5
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    randaugment: RandAugment | None = None
+    erase: Probability = 0.0
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """Augment one uint8 image [c, H, W]; the size stays."""
@@ -44,13 +85,71 @@ class Augment(Strict):
         """Augment one uint8 image [c, H, W], and what is annotated on it by the same crop and flip; sizes stay.
 
         `beside` holds torchvision's `tv_tensors`: masks are resized by nearest neighbour, boxes are cut at the edge.
+        Raises ValueError where `randaugment` or `erase` is set beside them, and where colours are to be changed of an
+        image that is neither grey nor RGB.
         """
+        fixed = [name for name in ("randaugment", "erase") if getattr(self, name)]
+        if beside and fixed:
+            raise ValueError(
+                f"augment.{fixed[0]}: found it set; masks and boxes cannot follow it; delete it (jitter may stay)"
+            )
+        image, *moved = self._placed(rng, image, *beside)
+        return self._changed(rng, image), *moved
+
+    def _changed(self, rng: np.random.Generator, image: Tensor) -> Tensor:
+        """Change what an image shows; nothing is drawn for what is off."""
+        if (self.jitter or self.randaugment) and len(image) not in (1, 3):
+            name = "jitter" if self.jitter else "randaugment"
+            raise ValueError(
+                f"augment.{name}: found images of {len(image)} channels; it changes grey and RGB images only; delete it"
+            )
+        if self.jitter:
+            with seeded(rng):
+                image = v2.ColorJitter(self.jitter, self.jitter, self.jitter)(image)
+        if self.randaugment:
+            image = self.randaugment(image, rng)
+        if self.erase and rng.random() < self.erase:
+            with seeded(rng):
+                image = _erased(image)
+        return image
+
+    def _placed(self, rng: np.random.Generator, image: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
+        """Crop and flip."""
         height, width = image.shape[-2:]
         top, left, h, w = crop_box(rng, height, width, self.scale, self.ratio)
         parts = (image, *beside)
         if (h, w) != (height, width):
             parts = tuple(TF.resized_crop(one, top, left, h, w, [height, width], antialias=True) for one in parts)
         return tuple(map(TF.horizontal_flip, parts)) if rng.random() < self.flip else parts
+
+
+@contextmanager
+def seeded(rng: np.random.Generator) -> Iterator[None]:
+    """Have what draws from the global generators of Python, numpy and torch (CPU) draw what `rng` says.
+
+    They are left as they were.
+    """
+    seed = int(rng.integers(2**32))
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
+
+
+def _erased(image: Tensor) -> Tensor:
+    """Put noise in a rectangle that torchvision draws; where none fits, nothing changes."""
+    found = v2.RandomErasing(value="random").make_params([image])
+    if found["v"] is None:
+        return image
+    noise = (128 + 64 * found["v"]).round().clamp(0, 255).to(torch.uint8)
+    erased: Tensor = TF.erase(image, found["i"], found["j"], found["h"], found["w"], noise)
+    return erased
 
 
 def crop_box(

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mim_core import checkpoint, devices
 from mim_core.data.order import Order, loader
 from mim_core.data.pack import Pack
 from mim_core.files import read_curve, write_atomically
-from mim_core.optim import SCHEDULES, Player, adamw, param_groups
+from mim_core.optim import OPTIMISERS, SCHEDULES, Average, Player, param_groups
 from mim_core.params import FineTune
-from mim_core.spec import Piece, bind
+from mim_core.spec import Piece, bind, build
 from mim_core.train import Objective, Scalars, train
 
 REPORTS = 100
@@ -42,16 +43,23 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.latest(self.folder / "checkpoints")
         step = 0
+        for player in self.players.values():
+            if player.average:
+                player.average.begin()
         if found:
-            about, weights, optimisers = checkpoint.load(found)
-            self.model.load_state_dict(weights)
+            about, weights, players = checkpoint.load(found)
+            self.model.load_state_dict({**self._frozen(), **weights})
             for name, player in self.players.items():
-                player.optimiser.load_state_dict(optimisers[name])
+                player.load_state_dict(players[name])
             step, self.seconds = about["step"], about["seconds"]
         curve = self.folder / "curve.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_curve(curve) if line["step"] <= step]
         write_atomically(curve, "".join(kept))
         return step
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """Parameters that no optimiser moves."""
+        return {name: one.data for name, one in self.model.named_parameters() if not one.requires_grad}
 
     def elapsed(self) -> float:
         """Seconds of training, over all the processes that worked on it."""
@@ -63,12 +71,16 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def save(self, step: int) -> None:
-        """Write a checkpoint where its minutes have passed, and at the end."""
+        """Write a checkpoint where its minutes have passed, and at the end.
+
+        Frozen parameters are not written: they are there before a resume as they were at the start.
+        """
         if step < self.steps and time.perf_counter() - self.saved < self.minutes * 60:
             return
-        optimisers = {name: player.optimiser.state_dict() for name, player in self.players.items()}
-        about = {"seconds": self.elapsed()}
-        checkpoint.save(self.folder / "checkpoints", step, self.model.state_dict(), optimisers, about)
+        frozen = self._frozen()
+        weights = {name: one for name, one in self.model.state_dict().items() if name not in frozen}
+        players = {name: player.state_dict() for name, player in self.players.items()}
+        checkpoint.save(self.folder / "checkpoints", step, weights, players, {"seconds": self.elapsed()})
         self.saved = time.perf_counter()
 
     def train(
@@ -79,8 +91,17 @@ class Run:
         evaluate: Callable[[int], Scalars],
         evaluations: int,
     ) -> None:
+        """Train from the newest checkpoint to the end; averaged weights are evaluated, and stay in the model."""
         start = self.resume()
         every = max(1, self.steps // REPORTS)
+        averages = [player.average for player in self.players.values() if player.average]
+
+        def judge(step: int) -> Scalars:
+            with ExitStack() as stack:
+                for average in averages:
+                    stack.enter_context(average.worn())
+                return evaluate(step)
+
         train(
             objective,
             self.players,
@@ -92,9 +113,11 @@ class Run:
             report_every=every,
             save=self.save,
             save_every=every,
-            evaluate=evaluate,
+            evaluate=judge,
             evaluate_every=max(1, self.steps // evaluations),
         )
+        for average in averages:
+            average.wear()
 
 
 def player(
@@ -106,8 +129,9 @@ def player(
     no_decay: Callable[[str], bool] = lambda name: False,
     layer: Callable[[str], int] = lambda name: 0,
     layers: int = 1,
+    factor: Callable[[str], float] = lambda name: 1.0,
 ) -> tuple[int, Player]:
-    """Make the optimiser and schedule of a model; gives the steps in all too."""
+    """Make the optimiser and schedule of a model; gives the steps in all too. See `param_groups` for the functions."""
     steps, warmup = optim.steps(images)
     groups = param_groups(
         model.named_parameters(),
@@ -116,11 +140,14 @@ def player(
         layer=layer,
         layers=layers,
         layer_decay=optim.layer_decay,
+        factor=factor,
     )
     schedule = bind(SCHEDULES, optim.schedule)
     start, floor = lr * optim.warmup_from, lr * optim.floor
     rate = partial(schedule, total=steps, peak=lr, warmup=warmup, floor=floor, start=start)
-    return steps, Player(adamw(groups, optim.betas), rate, optim.clip)
+    given = (groups, optim.betas) if optim.optimiser.name == "adamw" else (groups,)
+    average = Average(model, optim.ema) if optim.ema else None
+    return steps, Player(build(OPTIMISERS, optim.optimiser, *given), rate, optim.clip, average)
 
 
 def about(encoder: Piece, pack: Pack) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class FineTune(Strict):
 
 
 class Optim(FineTune):
-    """An optimiser at one rate: `lr` is that of the step; `base_lr` is the papers' rate for `base_batch` images a step."""
+    """An optimiser at one rate: `lr` is a step's; `base_lr` is the papers' rate for `base_batch` images a step."""
 
     lr: Positive | None = None
     base_lr: Positive | None = None
