@@ -30,6 +30,8 @@ BATCH = 256
 """Images that are evaluated at once."""
 MISTAKES = 24
 """Images that are drawn at most."""
+LIKELIEST = 5
+"""Classes that are named of an image at most."""
 
 
 class Classifier(nn.Module):
@@ -127,6 +129,9 @@ class Classify:
         caption = f"Worst mistakes among {len(labels):,} images ({accuracy(scores, labels):.1%} are right)"
         gallery.draw_labelled(images, said, caption).save(path)
 
+    def answer(self, images: Tensor) -> list[dict[str, Any]]:
+        return ranked(self.logits(images), self.facts.classes)
+
     @torch.no_grad()
     def _scores(self, split: Split) -> tuple[Tensor, Tensor]:
         """Score a split's labelled images: logits [n, k] and class numbers [n]."""
@@ -138,3 +143,13 @@ class Classify:
             logits.append(self.logits(images).cpu())
         self.model.train()
         return torch.cat(logits), torch.from_numpy(split.labels[labelled])
+
+
+def ranked(logits: Float[Tensor, "b k"], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Name each image's likeliest classes with their probabilities, and the first of them beside."""
+    chances, places = logits.softmax(-1).topk(min(LIKELIEST, len(names)))
+    found = []
+    for row, at in zip(chances.tolist(), places.tolist(), strict=True):
+        top = [{"class": names[place], "probability": chance} for place, chance in zip(at, row, strict=True)]
+        found.append({**top[0], "top": top})
+    return found

@@ -76,6 +76,15 @@ class Task(Protocol):
         """Save a picture of predictions on a split as a PNG file."""
         ...
 
+    def answer(self, images: Tensor) -> list[dict[str, Any]]:
+        """Say what each uint8 image [b, c, H, W] of the facts' size shows, as `evaluate` judges it, in plain values.
+
+        Of classes `class`, `probability` and `top`, a list of both; of a semantic map `map`, a uint8 array [H, W] of
+        `segments`; of objects `objects`, a list of `class`, `score`, `left`, `top`, `right`, `bottom` in px. The model
+        is in evaluation mode and no gradients are kept. A task that cannot answer from its weights alone lacks it.
+        """
+        ...
+
     def begin(self, images: Split, chosen: np.ndarray) -> None:
         """Take what does not change while training from the chosen training images, before the first step."""
         ...
