@@ -91,6 +91,7 @@ def downstream(
     if test:
         head = {**about(piece, pack), "task": row.task.model_dump(mode="json"), "classes": pack.classes}
         head |= {"segments": pack.meta.get("segments", []), "annotations": pack.meta["annotations"]}
+        head |= {"precision": row.precision}
         checkpoint.write_weights(folder / WEIGHTS, model.state_dict(), head)
         found |= judge("test")
         task.draw(pack.split("test"), folder / PICTURE)

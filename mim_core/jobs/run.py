@@ -151,13 +151,15 @@ def player(
 
 
 def about(encoder: Piece, pack: Pack) -> dict[str, Any]:
-    """What a file of weights says in its header: how to build the encoder and normalise its images."""
+    """What a file of weights says in its header: how to build the encoder, and to read and normalise its images."""
+    source = pack.meta.get("row", {}).get("source", {})
     return {
         "encoder": encoder.model_dump(mode="json"),
         "size": list(pack.size),
         "channels": pack.channels,
         "mean": pack.mean,
         "std": pack.std,
+        "reading": {"channels": source.get("channels", "rgb"), "fit": source.get("fit", "cover")},
     }
 
 
