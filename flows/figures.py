@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
-from flows.results import SCRATCH, Arm, Pretrained, budget, comparisons, measure
+from flows.results import SCRATCH, Arm, Pretrained, comparisons, measure, title
 
 WIDTH_IN, DPI = 6.5, 200
 MUTED = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#DDCC77", "#44AA99", "#AA4499", "#999933")
@@ -77,11 +77,6 @@ def looks(arms: Sequence[Arm], colour: Mapping[str, str]) -> dict[str, Look]:
         turn = turns[ink] = turns.get(ink, -1) + 1
         given[arm.row] = Look(ink, MARKERS[turn % len(MARKERS)])
     return given
-
-
-def title(arm: Arm) -> str:
-    """Name what is compared: task, data, labels and metric."""
-    return f"{arm.task}, {arm.data}, {budget(arm.labels)}: {measure([arm])}"
 
 
 def accuracy(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
@@ -174,7 +169,8 @@ def lr_grid(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
     down = math.ceil(len(groups) / across)
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH_IN, 0.1 + max(2.5, 0.5 + 0.17 * most) * down), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
+        together = len({arm.metric for group in groups for arm in group}) == 1
+        panels = figure.subplots(down, across, squeeze=False, sharey=together).ravel()
         for axes, group in zip(panels, groups, strict=False):
             for arm in group:
                 _tried(axes, arm, look[arm.row])
@@ -188,8 +184,9 @@ def lr_grid(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
             axes.grid(axis="y")
             beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if most > FEW else {"loc": "best"}
             axes.legend(handlelength=1.6, **beside)
-        for axes in panels[::across]:
-            axes.set_ylabel(f"validation {measure(arms)} (%)")
+        for axes, group in zip(panels, groups, strict=False):
+            if not together or axes in panels[::across]:
+                axes.set_ylabel(f"validation {measure(group)} (%)")
         for axes in panels[len(groups) :]:
             axes.set_visible(False)
         return _png(figure)

@@ -17,10 +17,10 @@ from typing import Any
 from flows import family, rows, workspace
 from flows.family import PIECES
 from flows.findings import caveats, edge, finding, headline, manifests_of
-from flows.results import Arm, Published, duration, hours, markdown, measure, percent, read, stale
+from flows.results import Arm, Published, comparisons, duration, hours, markdown, measure, percent, read, stale, title
 from mim_core.files import write_atomically
 
-ROW_PICTURES = ("gallery_", "recovery_", "tokenizer_")
+ROW_PICTURES = ("gallery_", "recovery_", "tokenizer_", "predictions_")
 RUN_PAGES = {"mlflow": "{}/#/runs/{}", "prefect": "{}/runs/flow-run/{}"}
 KNOWN_META = frozenset({"channels", "size", "classes", "counts", "mean", "std", "quarantined", "digest", "name", "md5"})
 
@@ -39,6 +39,7 @@ def build(folder: Path, links: Mapping[str, str | None] | None = None) -> dict[s
     shown = {f"tokenizer_{row}.png": one.folder / "gallery.png" for row, one in published.tokenizers.items()}
     for row, run in published.pretrained.items():
         shown |= {f"{name}_{row}.png": run.folder / f"{name}.png" for name in ("gallery", "recovery")}
+    shown |= {f"predictions_{arm.row}.png": arm.folder / "predictions.png" for arm in published.arms}
     pictures = {name: path.read_bytes() for name, path in shown.items() if path.exists()}
     colour = figures.colours(rows.pretraining(published.rows))
     look = figures.looks(published.arms, colour)
@@ -104,7 +105,7 @@ def _page(
     import jinja2
 
     manifests = dict(manifests_of(published))
-    rates = sorted({point["lr"] for arm in published.arms for point in arm.grid})
+    groups = comparisons(published.arms)
     # Undefined names are errors, and every value is escaped: file names and reasons come from users' folders.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -128,7 +129,9 @@ def _page(
         measure=measure,
         note=family.NOTE,
         not_run=[row for row in rows.pretraining(published.rows) if row not in published.pretrained],
-        rates=rates,
+        groups=groups,
+        title=title,
+        grids=[(group, rates) for group in groups if (rates := _rates(group))],
         tried={arm.row: _tried(arm) for arm in published.arms},
         edges={arm.row: edge(arm) for arm in published.arms},
         manifests=manifests,
@@ -138,6 +141,10 @@ def _page(
         totals={key: sum(manifest[key] for manifest in manifests.values()) for key in ("wall_seconds", "device_hours")},
         code=workspace.code_fingerprint(),
     )
+
+
+def _rates(arms: Iterable[Arm]) -> list[float]:
+    return sorted({point["lr"] for arm in arms for point in arm.grid})
 
 
 def _tried(arm: Arm) -> dict[float, float]:

@@ -79,6 +79,7 @@ class Arm:
     verdict: str
     encoder: Mapping[str, Any]
     manifest: Mapping[str, Any]
+    folder: Path
 
     @property
     def comparison(self) -> tuple[str, str, int | None]:
@@ -141,6 +142,11 @@ def measure(arms: Iterable[Arm]) -> str:
     """Name the metric of arms, or say `score` where they have several."""
     found = {METRICS.get(arm.metric, arm.metric) for arm in arms}
     return found.pop() if len(found) == 1 else "score"
+
+
+def title(arm: Arm) -> str:
+    """Name what is compared: task, data, labels and metric."""
+    return f"{arm.task}, {arm.data}, {budget(arm.labels)}: {measure([arm])}"
 
 
 def budget(labels: int | None) -> str:
@@ -247,7 +253,7 @@ def _arm(row: str, folder: Path, given: rows.Rows, pretrained: Mapping[str, Pret
             row, task_words(said["task"]), protocol, said["metric"], init, key[1], key[2], score, seeds, said["lr"],
             said["grid"], manifest["wall_seconds"], manifest["device_hours"],
             _before(row, init, given, pretrained, before), rival.row if rival else None, gain,
-            verdict(gain) if gain else words, encoder, manifest,
+            verdict(gain) if gain else words, encoder, manifest, folder,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise workspace.UserError(f"{folder}: not a whole result ({error!r}); run `dvc repro` again") from error
