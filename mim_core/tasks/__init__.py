@@ -2,5 +2,6 @@
 
 from mim_core.spec import Table
 from mim_core.tasks.classify import Classify
+from mim_core.tasks.segment.segment import Segment
 
-TASKS: Table = {"classify": Classify}
+TASKS: Table = {"classify": Classify, "segment": Segment}
