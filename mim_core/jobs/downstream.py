@@ -19,7 +19,7 @@ from mim_core.jobs.run import Run, about, player, result
 from mim_core.params import DownstreamRow, EncoderOf
 from mim_core.spec import Piece, build, check
 from mim_core.tasks import TASKS
-from mim_core.tasks.task import Facts
+from mim_core.tasks.task import Facts, sight
 from mim_core.train import Scalars
 
 EVALUATIONS = 4
@@ -49,7 +49,8 @@ def downstream(
     piece = begun.encoder if begun else row.encoder
     assert piece is not None, "params.load holds that a row from scratch names its encoder"
     piece = tuned(piece, row.drop_path)
-    encoder = build(ENCODERS, piece, pack.size, pack.channels)
+    sees = sight(row.task, pack.size)
+    encoder = build(ENCODERS, piece, sees, pack.channels)
     if begun:
         encoder.load_state_dict(adapt(begun.weights, encoder, begun.size))
     task = build(TASKS, row.task, encoder, Facts.of(pack), compute)
@@ -89,7 +90,7 @@ def downstream(
         seen = steps * batch
     found = {**result(folder, seen, model, compute), "metric": task.score, "encoder": piece.model_dump(mode="json")}
     if test:
-        head = {**about(piece, pack), "task": row.task.model_dump(mode="json"), "classes": pack.classes}
+        head = {**about(piece, pack), "sees": sees, "task": row.task.model_dump(mode="json"), "classes": pack.classes}
         head |= {"segments": pack.meta.get("segments", []), "annotations": pack.meta["annotations"]}
         head |= {"precision": row.precision}
         checkpoint.write_weights(folder / WEIGHTS, model.state_dict(), head)
@@ -108,7 +109,7 @@ def begin(file: Path) -> Begin:
         if "encoder" in said:
             piece = check(EncoderOf, {"encoder": said["encoder"]}, str(file)).encoder
             inner = {name.removeprefix("encoder."): one for name, one in weights.items() if name.startswith("encoder.")}
-            return Begin(piece, inner or weights, tuple(said["size"]))
+            return Begin(piece, inner or weights, tuple(said.get("sees", said["size"])))
     found = published.convert(published.read_state(file))
     if found.pieces.encoder is None:
         raise ValueError(f"{file}: found {found.family}; it has no encoder; a task begins from an encoder")

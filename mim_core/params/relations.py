@@ -19,7 +19,7 @@ from mim_core.params.rows import DownstreamRow, PretrainRow, TargetRow
 from mim_core.pretext import assemble
 from mim_core.spec import Piece, bind, build, nearest
 from mim_core.tasks import TASKS
-from mim_core.tasks.task import Facts
+from mim_core.tasks.task import Facts, sight
 from mim_core.tokenizers import TOKENIZERS
 
 if TYPE_CHECKING:
@@ -231,17 +231,18 @@ def _judges(row: DownstreamRow, params: Params, size: tuple[int, int]) -> list[s
     if piece is None:
         return []
     before = params.data.get(params.pretrained()[row.init].data) if row.init in params.pretrained() else None
-    if before and tuple(before.source.params()["size_px"]) == size and _fault_of(piece, size, ""):
+    sees = sight(row.task, size)
+    if before and tuple(before.source.params()["size_px"]) == sees and _fault_of(piece, sees, ""):
         return []  # what is wrong at the pretraining size is told there
-    where = "encoder" if row.encoder else f"init: '{row.init}' at {list(size)} px: encoder"
-    faults = _fault_of(piece, size, where)
+    where = "encoder" if row.encoder else f"init: '{row.init}' at {list(sees)} px: encoder"
+    faults = _fault_of(piece, sees, where)
     if faults:
         return faults
     neutral = (0.5,) * CHANNELS
     facts = Facts(size, CHANNELS, neutral, neutral, NEUTRAL_CLASSES, NEUTRAL_CLASSES, ())
     try:
         with torch.device("meta"):
-            build(TASKS, row.task, build(ENCODERS, piece, size, CHANNELS), facts, Compute(torch.device("meta"), False))
+            build(TASKS, row.task, build(ENCODERS, piece, sees, CHANNELS), facts, Compute(torch.device("meta"), False))
     except ValueError as error:
         return [f"task.{error}"]
     return []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mim_core.data.order import Address
 from mim_core.data.pack import Pack, Split
+from mim_core.spec import Piece
 from mim_core.transforms import Augment
 
 Fetch = Callable[[Sequence[Address]], Any]
@@ -39,6 +40,12 @@ class Facts:
         return cls(
             pack.size, pack.channels, pack.mean, pack.std, pack.classes, meta.get("segments", []), meta["annotations"]
         )
+
+
+def sight(task: Piece, size: tuple[int, int]) -> tuple[int, int]:
+    """Give the (height, width) in px that a task's encoder sees at once: its windows, or whole images of `size`."""
+    height, width = task.params().get("window_px") or size
+    return height, width
 
 
 class Task(Protocol):
