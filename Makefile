@@ -10,9 +10,9 @@ export UV_LINK_MODE ?= copy
 demo: $(VENV)/installed
 	@unmask demo
 
-# Two processes of one thread each, which take whole files: tests of one file share what is slow to make.
+# Two processes of one thread each, which take whole files (tests/conftest.py): tests of a file share what is slow to make.
 test: $(VENV)/installed check
-	@OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed
 	@python -m pytest -m slow

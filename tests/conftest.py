@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -31,6 +32,31 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "UNMASK
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest: one process is busy with it while others do the rest."""
+    items.sort(key=lambda item: not uses_served(item.nodeid))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out whole files, and all files that look at the pipeline's run to one process: it runs once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "served" if uses_served(nodeid) else str(super()._split_scope(nodeid))
+
+    return Scheduling(config, log)
+
+
+@functools.cache
+def _text(file: str) -> str:
+    return (ROOT / file).read_text()
+
+
+def uses_served(nodeid: str) -> bool:
+    return "served: Clone" in _text(nodeid.split("::")[0])
 
 
 def pytest_sessionfinish() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Clone, prefect
+from conftest import Clone, make_clone, prefect
 from mlflow.tracking import MlflowClient
 
 from flows import workspace
@@ -234,21 +234,35 @@ def borrow(clone: Clone, served: Clone) -> None:
         shutil.copytree(served.folder / name, clone.folder / name)
 
 
-@pytest.mark.parametrize("victim", ["worker", "flow"])
-def test_a_killed_training_resumes_to_the_same_weights_and_the_same_run(
-    victim: str, clone: Clone, served: Clone
-) -> None:
+LONGER = (sys.executable, "-m", "flows.pretrain", "simmim_vit")
+
+
+def lengthen(clone: Clone, served: Clone) -> None:
+    """Give a clone a training long enough to be killed, on the servers of the one that has run."""
     borrow(clone, served)
     clone.environment |= {
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{served.environment['UNMASK_MLFLOW_PORT']}",
         "PREFECT_API_URL": f"http://127.0.0.1:{served.environment['UNMASK_PREFECT_PORT']}/api",
     }
     clone.edit("params/pretrain.yaml", ("epochs: 8", "epochs: 40"))
-    command = (sys.executable, "-m", "flows.pretrain", "simmim_vit")
-    published, undisturbed = clone.folder / "runs" / "pretrain" / "simmim_vit", clone.folder.parent / "undisturbed"
-    clone.run(*command)
-    published.rename(undisturbed)
-    process = clone.start(*command)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(served: Clone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The products of that training where nothing is killed."""
+    there = make_clone(tmp_path_factory.mktemp("undisturbed") / "clone")
+    lengthen(there, served)
+    there.run(*LONGER)
+    return there.folder / "runs" / "pretrain" / "simmim_vit"
+
+
+@pytest.mark.parametrize("victim", ["worker", "flow"])
+def test_a_killed_training_resumes_to_the_same_weights_and_the_same_run(
+    victim: str, clone: Clone, served: Clone, undisturbed: Path
+) -> None:
+    lengthen(clone, served)
+    published = clone.folder / "runs" / "pretrain" / "simmim_vit"
+    process = clone.start(*LONGER)
     jobs, end = clone.folder / ".unmask" / "jobs", time.monotonic() + 300
     while not (found := list(jobs.glob("pretrain-simmim_vit-*/seed_0/checkpoints/step_*"))):
         assert time.monotonic() < end
@@ -265,7 +279,7 @@ def test_a_killed_training_resumes_to_the_same_weights_and_the_same_run(
         while Path(f"/proc/{worker}").exists():  # it ends with its parent, so that it cannot write beside the next one
             assert time.monotonic() < end
             time.sleep(0.05)
-        clone.run(*command)
+        clone.run(*LONGER)
     for name in ("encoder.safetensors", "model.safetensors"):
         assert (published / name).read_bytes() == (undisturbed / name).read_bytes()
     client = mlflow_client(served)

@@ -170,7 +170,7 @@ def test_any_number_of_channels(channels: int) -> None:
     images = torch.randn(2, channels, 32, 48)
     features = encoder(encoder.embed(images))
     assert features.shape == (2, 24, 32)
-    (pyramid,) = encoder.pyramid(images)
+    *_, pyramid = encoder.pyramid(images)
     assert pyramid.shape == (2, 32, 4, 6)
     torch.testing.assert_close(pyramid[:, :, 1, 2], features[:, 6 + 2])
 
