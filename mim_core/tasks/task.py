@@ -83,7 +83,7 @@ class Task(Protocol):
         """Save a picture of predictions on a split as a PNG file."""
         ...
 
-    def answer(self, images: Tensor) -> list[dict[str, Any]]:
+    def predict(self, images: Tensor) -> list[dict[str, Any]]:
         """Say what each uint8 image [b, c, H, W] of the facts' size shows, as `evaluate` judges it, in plain values.
 
         Of classes `class`, `probability` and `top`, a list of both; of a semantic map `map`, a uint8 array [H, W] of
