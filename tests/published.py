@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from flows import workspace
-from mim_core.jobs.downstream import tuned
 from mim_core.params import EncoderOf
 from mim_core.spec import check
+from mim_core.tasks.task import tuned
 
 ENCODER = {"name": "vit", "patch_px": 4, "width": 48, "depth": 2, "heads": 3}
 TUNE = {"batch": 128, "epochs": 15}

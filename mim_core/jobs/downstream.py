@@ -19,7 +19,7 @@ from mim_core.jobs.run import Run, about, player, result
 from mim_core.params import DownstreamRow, EncoderOf
 from mim_core.spec import Piece, build, check
 from mim_core.tasks import TASKS
-from mim_core.tasks.task import Facts, sight
+from mim_core.tasks.task import Facts, sight, tuned
 from mim_core.train import Scalars
 
 EVALUATIONS = 4
@@ -48,7 +48,7 @@ def downstream(
     begun = begin(Path(init)) if init else None
     piece = begun.encoder if begun else row.encoder
     assert piece is not None, "params.load holds that a row from scratch names its encoder"
-    piece = tuned(piece, row.drop_path)
+    piece = tuned(piece, row.drop_path, row.window)
     sees = sight(row.task, pack.size)
     encoder = build(ENCODERS, piece, sees, pack.channels)
     if begun:
@@ -82,7 +82,10 @@ def downstream(
         seen = len(chosen)
     else:
         layers = encoder.depth + 2
-        steps, own = player(row.optim, len(chosen), model, lr, no_decay=no_decay, layer=layer, layers=layers)
+        own_rate = getattr(task, "factor", lambda name: 1.0)  # most tasks' own layers learn at the full rate
+        steps, own = player(
+            row.optim, len(chosen), model, lr, no_decay=no_decay, layer=layer, layers=layers, factor=own_rate
+        )
         run = Run(folder, model, {"model": own}, steps, row.checkpoint_minutes)
         batch = min(row.optim.batch, len(chosen))
         order = Order(chosen, batch, seed, 0, steps)
@@ -100,7 +103,7 @@ def downstream(
 
 
 def begin(file: Path) -> Begin:
-    """Read the encoder of a file: of our own runs (pretraining or a task), or published weights.
+    """Read the encoder of a file: of our own runs (pretraining or a task), or published weights; or `timm:NAME`.
 
     Raises ValueError, SpecError where there is none.
     """
@@ -110,16 +113,11 @@ def begin(file: Path) -> Begin:
             piece = check(EncoderOf, {"encoder": said["encoder"]}, str(file)).encoder
             inner = {name.removeprefix("encoder."): one for name, one in weights.items() if name.startswith("encoder.")}
             return Begin(piece, inner or weights, tuple(said.get("sees", said["size"])))
-    found = published.convert(published.read_state(file))
+    name = str(file)
+    if name.startswith(published.PREFIX):
+        found = published.from_timm(name.removeprefix(published.PREFIX))
+    else:
+        found = published.convert(published.read_state(file))
     if found.pieces.encoder is None:
         raise ValueError(f"{file}: found {found.family}; it has no encoder; a task begins from an encoder")
     return Begin(found.pieces.encoder, dict(found.weights["encoder"]), found.size)
-
-
-def tuned(encoder: Piece, drop_path: float) -> Piece:
-    """Give the form in which an encoder is fine-tuned: with the row's drop path, and a relative bias of each block's
-    own, which begins as the one that all blocks shared (BEiT's published fine-tuning)."""
-    changes: dict[str, Any] = {"drop_path": drop_path} if "drop_path" in encoder.params() else {}
-    if encoder.params().get("positions") == "relative":
-        changes["positions"] = "relative_per_block"
-    return encoder.model_copy(update=changes)

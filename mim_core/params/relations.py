@@ -19,7 +19,7 @@ from mim_core.params.rows import DownstreamRow, PretrainRow, TargetRow
 from mim_core.pretext import assemble
 from mim_core.spec import Piece, bind, build, nearest
 from mim_core.tasks import TASKS
-from mim_core.tasks.task import Facts, sight
+from mim_core.tasks.task import Facts, sight, tuned
 from mim_core.tokenizers import TOKENIZERS
 
 if TYPE_CHECKING:
@@ -232,8 +232,11 @@ def _judges(row: DownstreamRow, params: Params, size: tuple[int, int]) -> list[s
         return []
     before = params.data.get(params.pretrained()[row.init].data) if row.init in params.pretrained() else None
     sees = sight(row.task, size)
-    if before and tuple(before.source.params()["size_px"]) == sees and _fault_of(piece, sees, ""):
+    if before and tuple(before.source.params()["size_px"]) == sees and not row.window and _fault_of(piece, sees, ""):
         return []  # what is wrong at the pretraining size is told there
+    if row.window and "window" not in piece.params():
+        return [f"window: found {row.window}; the encoder '{piece.name}' has no windows; delete this key"]
+    piece = tuned(piece, row.drop_path, row.window)
     where = "encoder" if row.encoder else f"init: '{row.init}' at {list(sees)} px: encoder"
     faults = _fault_of(piece, sees, where)
     if faults:

@@ -179,6 +179,8 @@ class DownstreamRow(Strict):
     seeds: Annotated[list[Seed], Field(min_length=1)]
     augment: Augment | None = None
     drop_path: Share = 0.0
+    window: Whole | None = None
+    """A Swin's window in patches where it is to be another than that it begins with (SimMIM: 6 at 192, 7 at 224 px)."""
     optim: FineTune | None = None
     """Left out, as is `lr_grid`, by a task that trains nothing."""
     precision: Precision = "auto"

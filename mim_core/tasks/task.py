@@ -95,3 +95,14 @@ class Task(Protocol):
     def begin(self, images: Split, chosen: np.ndarray) -> None:
         """Take what does not change while training from the chosen training images, before the first step."""
         ...
+
+
+def tuned(encoder: Piece, drop_path: float, window: int | None = None) -> Piece:
+    """Give the form in which an encoder is fine-tuned: with the row's drop path and window, and a relative bias of each
+    block's own, which begins as the one that all blocks shared (BEiT's published fine-tuning)."""
+    changes: dict[str, Any] = {"drop_path": drop_path} if "drop_path" in encoder.params() else {}
+    if window and "window" in encoder.params():
+        changes["window"] = window
+    if encoder.params().get("positions") == "relative":
+        changes["positions"] = "relative_per_block"
+    return encoder.model_copy(update=changes)
