@@ -30,12 +30,9 @@ def load() -> Rows:
     return rows
 
 
-def tasks() -> dict[str, Any]:
-    """Give what is to be known of each downstream task: what annotations it `needs`, its `score`, whether it `trains`.
-
-    Raises UserError, as `load`.
-    """
-    found: dict[str, Any] = _load()["tasks"]
+def needs(row: str) -> list[str]:
+    """Give the annotations of which a downstream row needs one; raises UserError, as `load`."""
+    found: list[str] = _load()["needs"][row]
     return found
 
 
@@ -52,15 +49,12 @@ def _load() -> dict[str, Any]:
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
         pass
     from mim_core import params, spec
-    from mim_core.tasks import TASKS
 
     try:
-        rows = params.load(folder).model_dump(mode="json")
+        found = params.load(folder)
     except spec.SpecError as error:
         raise workspace.UserError(str(error)) from None
-    facts = ("needs", "score", "trains")
-    known = {name: {fact: getattr(task, fact) for fact in facts} for name, task in TASKS.items()}
-    content = {"key": key.hexdigest(), "rows": rows, "tasks": known}
+    content = {"key": key.hexdigest(), "rows": found.model_dump(mode="json"), "needs": params.needs(found)}
     # Not sorted: rows keep the order of their files, which tables and colours follow.
     write_atomically(kept, json.dumps(content))
     return content

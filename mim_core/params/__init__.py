@@ -4,6 +4,7 @@
 """
 
 from mim_core.params.load import FILES, ROW_NAME, Params, load, load_recipes
+from mim_core.params.relations import needs
 from mim_core.params.rows import (
     DataRow,
     DownstreamRow,
@@ -29,4 +30,5 @@ __all__ = [
     "TokenizerOf",
     "load",
     "load_recipes",
+    "needs",
 ]

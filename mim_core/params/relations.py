@@ -241,14 +241,31 @@ def _judges(row: DownstreamRow, params: Params, size: tuple[int, int]) -> list[s
     faults = _fault_of(piece, sees, where)
     if faults:
         return faults
-    neutral = (0.5,) * CHANNELS
-    facts = Facts(size, CHANNELS, neutral, neutral, NEUTRAL_CLASSES, NEUTRAL_CLASSES, ())
     try:
-        with torch.device("meta"):
-            build(TASKS, row.task, build(ENCODERS, piece, sees, CHANNELS), facts, Compute(torch.device("meta"), False))
+        _task(row, piece, size)
     except ValueError as error:
         return [f"task.{error}"]
     return []
+
+
+def _task(row: DownstreamRow, piece: Piece, size: tuple[int, int]) -> Any:
+    """Build a row's task for classes that nobody knows yet, where it takes no memory; raises ValueError."""
+    neutral = (0.5,) * CHANNELS
+    facts = Facts(size, CHANNELS, neutral, neutral, NEUTRAL_CLASSES, NEUTRAL_CLASSES, ())
+    with torch.device("meta"):
+        encoder = build(ENCODERS, piece, sight(row.task, size), CHANNELS)
+        return build(TASKS, row.task, encoder, facts, Compute(torch.device("meta"), False))
+
+
+def needs(params: Params) -> dict[str, list[str]]:
+    """Give the annotations that each downstream row needs one of; all that its task can use where a file of weights
+    tells its encoder."""
+    found: dict[str, list[str]] = {}
+    for name, row in params.judged().items():
+        piece, (height, width) = _encoder(row, params), params.data[row.data].source.params()["size_px"]
+        judge = _task(row, tuned(piece, row.drop_path, row.window), (height, width)) if piece else TASKS[row.task.name]
+        found[name] = list(judge.needs)
+    return found
 
 
 def _fault_of(encoder: Piece, size: tuple[int, int], where: str) -> list[str]:
