@@ -89,7 +89,8 @@ def add(
     `size` is (height, width) in px; None takes one that fits the images. `replace` allows a name that exists and keeps
     what else its row says. All is checked first, and everything is put back where a step fails. Raises UserError.
     """
-    from mim_core.data.folder import scan, short_side
+    from mim_core.data.folder import scan
+    from mim_core.data.images import short_side
 
     rows, new_row, write_rows = _open_rows()
     if size is not None and min(size) < 1:

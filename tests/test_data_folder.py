@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,8 @@ import pytest
 from PIL import Image
 
 from mim_core.data import pack
-from mim_core.data.folder import decode, folder, scan, short_side, split_files
+from mim_core.data.folder import folder, scan
+from mim_core.data.splits import digest, published_splits, share_out
 
 
 def noise(seed: int, height: int = 40, width: int = 60) -> Image.Image:
@@ -43,12 +42,37 @@ def test_copies_lie_in_one_split(tmp_path: Path) -> None:
         if index < 10:
             (tmp_path / "copies").mkdir(exist_ok=True)
             (tmp_path / "copies" / f"{index}.png").write_bytes((tmp_path / f"{index:02}.png").read_bytes())
-    paths = scan(tmp_path)[0]
-    owned = split_files(tmp_path, paths, 0.2, 0.2)
+    paths = list(scan(tmp_path)[0])
+    marks, classes = [digest(path) for path in paths], [path.parent.name for path in paths]
+    owned = share_out(marks, classes, 0.2, 0.2)
     contents = {split: {paths[index].read_bytes() for index in indices} for split, indices in owned.items()}
     assert {split: len(found) for split, found in contents.items()} == {"train": 18, "validation": 6, "test": 6}
     assert sum(map(len, owned.values())) == 40
-    assert owned == split_files(tmp_path, paths, 0.2, 0.2)
+    assert owned == share_out(marks, classes, 0.2, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("published", "expected"),
+    [
+        ({"train": 20}, (12, 4, 4)),
+        ({"train": 20, "val": 5}, (16, 4, 5)),
+        ({"train": 20, "test": 6}, (16, 4, 6)),
+        ({"train": 20, "val": 5, "test": 6}, (20, 5, 6)),
+        ({"train": 20, "val": 5, "test": 0}, (16, 4, 5)),
+    ],
+)
+def test_published_splits_are_kept_and_missing_ones_are_shares(
+    published: dict[str, int], expected: tuple[int, ...]
+) -> None:
+    indices, start = {}, 0
+    for name, count in published.items():
+        indices[name] = range(start, start + count)
+        start += count
+    owned = published_splits(indices, lambda index: digest(bytes([index])), [0] * start, 0.2, 0.2)
+    assert tuple(map(len, owned.values())) == expected
+    assert sorted(index for part in owned.values() for index in part) == list(range(start))
+    kept = owned["test"] if len(published) == 2 or not published.get("test", 1) else []
+    assert set(kept) <= {*indices.get("val", []), *indices.get("test", [])}
 
 
 def test_small_classes_still_fill_every_split(tmp_path: Path) -> None:
@@ -82,13 +106,13 @@ def test_refused_files_are_listed_with_a_reason(tmp_path: Path) -> None:
         "text.png": "no image of a known format",
         "notes.txt": "'.txt' is not one of the image extensions",
         "gone.png": "cannot be reached",
-        "pipe.png": "a pipe, socket or device",
+        "pipe.png": "a pipe, socket, device or folder",
     }
     assert reasons.keys() == expected.keys()
     for name, reason in expected.items():
         assert reason in reasons[name]
     (tmp_path / "good.jpg").unlink()
-    with pytest.raises(ValueError, match=r"found no readable image \(6 files refused\)"):
+    with pytest.raises(ValueError, match=r"found no readable image \(6 refused\)"):
         folder(tmp_path, size_px=(8, 8))
 
 
@@ -147,83 +171,29 @@ def test_unreadable_files_and_folders(tmp_path: Path) -> None:
     }
 
 
-def bomb(side: int) -> bytes:
-    """A small PNG that claims to be `side` x `side` px."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize("side", [10_000, 40_000])
-def test_decompression_bombs_are_refused(tmp_path: Path, side: int) -> None:
-    """Pillow warns of the smaller one and fails on the larger one."""
-    (tmp_path / "bomb.png").write_bytes(bomb(side))
-    assert "over Pillow's limit" in refused(tmp_path)["bomb.png"]
-
-
-@pytest.mark.parametrize("name", ["ramp.png", "ramp.tif"])
-def test_16_bits_are_scaled_by_their_whole_range(tmp_path: Path, name: str) -> None:
-    ramp = np.linspace(0, 65535, 32 * 32).round().astype(np.uint16).reshape(32, 32)
-    Image.fromarray(ramp).save(tmp_path / name)
-    expected = (ramp / 257).round()
-    assert (np.abs(decode(tmp_path / name, (32, 32)) - expected) <= 1).all()
-
-
-def test_floats_must_have_a_known_range(tmp_path: Path) -> None:
-    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "half.tif")
-    Image.fromarray(np.full((8, 8), 7.5, np.float32)).save(tmp_path / "unknown.tif")
-    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "nan.tif")
-    assert (decode(tmp_path / "half.tif", (8, 8)) == 128).all()
-    reasons = refused(tmp_path)
-    assert reasons.keys() == {"unknown.tif", "nan.tif"}
-    assert "not within 0 and 1" in reasons["unknown.tif"]
-
-
-def test_transparency_lies_on_white(tmp_path: Path) -> None:
-    pixels = np.zeros((8, 8, 4), np.uint8)
-    pixels[:, 4:] = (10, 20, 30, 255)
-    Image.fromarray(pixels).save(tmp_path / "rgba.png")
-    palette = Image.fromarray((pixels[..., 3] > 0).astype(np.uint8), "L").convert("P")
-    palette.putpalette([0, 0, 0, 10, 20, 30])
-    palette.save(tmp_path / "palette.png", transparency=b"\x00\xff")
-    for name in ("rgba.png", "palette.png"):
-        image = decode(tmp_path / name, (8, 8))
-        assert (image[:, :, 0] == 255).all()
-        assert image[:, 0, 7].tolist() == [10, 20, 30]
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F"])
-def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    image = Image.new(mode, (9, 7))
-    image.save(tmp_path / "image.tif")
-    assert not refused(tmp_path)
-    assert decode(tmp_path / "image.tif", (16, 24)).shape == (3, 16, 24)
-
-
-def test_exif_turns_the_image(tmp_path: Path) -> None:
-    pixels = np.zeros((20, 40, 3), np.uint8)
-    pixels[:, :20] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    image = decode(tmp_path / "turned.png", (40, 20))
-    assert image[:, :18].min() > 250
-    assert image[:, 22:].max() < 5
-    assert short_side(tmp_path / "turned.png") == 20
-
-
-def test_damaged_exif_does_not_matter(tmp_path: Path) -> None:
-    noise(0).save(tmp_path / "image.jpg", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01\x12\x00\x03")
-    assert decode(tmp_path / "image.jpg", (8, 8)).shape == (3, 8, 8)
-    assert not refused(tmp_path)
-
-
 def test_cropping_keeps_the_centre_and_the_shape(tmp_path: Path) -> None:
     pixels = np.zeros((30, 90, 3), np.uint8)
     pixels[:, 30:60] = 255
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert (decode(tmp_path / "wide.png", (30, 30)) == 255).all()
-    assert decode(tmp_path / "wide.png", (10, 30))[:, 5].max() == 255
+
+    def image(size: tuple[int, int]) -> np.ndarray:
+        return next(folder(tmp_path, size_px=size, validation=0.0, test=0.0).samples("train")).image
+
+    assert (image((30, 30)) == 255).all()
+    assert image((10, 30))[:, 5].max() == 255
+
+
+def test_all_images_of_a_pack_have_equally_many_channels(tmp_path: Path) -> None:
+    for index in range(3):
+        np.save(tmp_path / f"{index}.npy", np.full((5, 8, 9), index, np.uint8))
+    noise(0).save(tmp_path / "colours.png")
+    source = folder(tmp_path, size_px=(8, 8), channels="all", validation=0.0, test=0.0)
+    assert source.counts["train"] == 3
+    assert [entry["file"] for entry in source.quarantined] == ["colours.png"]
+    assert "has 3 channels, and most images here have 5" in source.quarantined[0]["reason"]
+    pack.write(source, tmp_path / "packed", {})
+    assert pack.open_pack(tmp_path / "packed").channels == 5
+    assert len(pack.open_pack(tmp_path / "packed").mean) == 5
+    grey = folder(tmp_path, size_px=(8, 8), channels="grey", validation=0.0, test=0.0)
+    assert grey.counts["train"] == 1
+    assert next(grey.samples("train")).image.shape == (1, 8, 8)

@@ -55,7 +55,7 @@ class Source:
 
     `annotations` are the words of ANNOTATIONS that its samples have, `segments` the names of its semantic maps' values.
     `quarantined` lists what is broken, as `file` and `reason`; `left_out` counts, by split, the boxes that fitting
-    the images to one size cut away.
+    the images to one size cut away. `files` are those that a copy of the dataset needs.
     """
 
     classes: list[str]
@@ -65,6 +65,7 @@ class Source:
     annotations: Sequence[str] = ()
     segments: list[str] = field(default_factory=list)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    files: Sequence[Path] = ()
 
 
 def write(

@@ -1,0 +1,175 @@
+"""Datasets whose images are files: what is known of each image, and the source that it makes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from mim_core.data.fit import Fit, Placing, place
+from mim_core.data.images import Channels, RefusedError, decode
+from mim_core.data.pack import NOT_JUDGED, SPLITS, Sample, Source
+from mim_core.data.splits import Published, digest, published_splits
+
+Map = Callable[[], np.ndarray]
+"""Reads an image's map [h, w], only when the image is drawn."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and its annotations, all in px of the image as `frame` says (see `images.decode`)."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    frame: tuple[int, int] | None = None
+    label: int = -1
+    presence: np.ndarray | None = None
+    boxes: np.ndarray | None = None
+    box_flags: np.ndarray | None = None
+    instances: Map | None = None
+    semantic: Map | None = None
+    origin: tuple[int, ...] = ()
+
+
+class NoImagesError(ValueError):
+    """A dataset without one good image; `quarantined` says what each one has."""
+
+    def __init__(self, root: Path, quarantined: list[dict[str, str]]) -> None:
+        super().__init__(f"{root}: found no readable image ({len(quarantined)} refused); add images and run again")
+        self.quarantined = quarantined
+
+
+@dataclass
+class Found:
+    """What reading a dataset has found so far: good images by the format's own sets, and what is broken."""
+
+    root: Path
+    channels: Channels
+    records: dict[str, list[Record]] = field(default_factory=dict)
+    quarantined: list[dict[str, str]] = field(default_factory=list)
+    files: set[Path] = field(default_factory=set)
+    """What a copy of the dataset needs: annotations and every file that they name and that is there."""
+
+    def refuse(self, what: Path | str, reason: object) -> None:
+        """List a file, or a place in one such as `labels.csv line 3`, with the reason why it is left out."""
+        name = what.relative_to(self.root).as_posix() if isinstance(what, Path) else what
+        self.quarantined.append({"file": name, "reason": str(reason)})
+
+    def use(self, path: Path) -> Path:
+        """Note a file as part of the dataset, where it is there."""
+        if os.path.isfile(path):  # False also for names that no file can have
+            self.files.add(path)
+        return path
+
+    def shape(self, path: Path, frame: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """Decode an image for its shape [c, H, W], as reading will: a truncated file shows only here.
+
+        Raises RefusedError.
+        """
+        channels, height, width = decode(self.use(path), self.channels, frame).shape
+        return channels, height, width
+
+    def source(
+        self,
+        classes: list[str],
+        annotations: Sequence[str],
+        *,
+        size: tuple[int, int],
+        fit: Fit,
+        validation: float,
+        test: float,
+        segments: Sequence[str] = (),
+    ) -> Source:
+        """Make the source of all good images, fitted to one `size`. Raises NoImagesError where there is none."""
+        self._agree()
+        records = [record for part in self.records.values() for record in part]
+        if not records:
+            raise NoImagesError(self.root, self.quarantined)
+        published: Published = {}
+        for name, part in self.records.items():
+            start = sum(map(len, published.values()))
+            published = {**published, name: range(start, start + len(part))}
+        labels = [record.label for record in records]
+        owned = published_splits(published, lambda index: digest(records[index].path), labels, validation, test)
+        channels = self.channels
+
+        def samples(split: str) -> Iterator[Sample]:
+            for index in owned[split]:
+                record = records[index]
+                yield sample(record, place(record.shape[1:], size, fit), channels)
+
+        left_out = {split: sum(_left_out(records[index], size, fit) for index in owned[split]) for split in SPLITS}
+        return Source(
+            classes,
+            {split: len(owned[split]) for split in SPLITS},
+            samples,
+            sorted(self.quarantined, key=lambda entry: entry["file"]),
+            annotations=annotations,
+            segments=list(segments),
+            left_out=left_out,
+            files=sorted(self.files),
+        )
+
+    def _agree(self) -> None:
+        """Keep the images with the most frequent number of channels: a pack has one."""
+        counts = Counter(record.shape[0] for part in self.records.values() for record in part)
+        if len(counts) < 2:
+            return
+        most = max(counts, key=lambda count: (counts[count], -count))
+        for name, part in self.records.items():
+            for record in part:
+                if record.shape[0] != most:
+                    self.refuse(record.path, f"has {record.shape[0]} channels, and most images here have {most}")
+            self.records[name] = [record for record in part if record.shape[0] == most]
+
+
+def sample(record: Record, placing: Placing, channels: Channels) -> Sample:
+    """Read an image, and fit it with its annotations."""
+    boxes, flags, instances, semantic = record.boxes, record.box_flags, None, None
+    if record.instances:
+        instances = placing.mask(record.instances(), 0)
+    if record.semantic:
+        semantic = placing.mask(record.semantic(), NOT_JUDGED)
+    if boxes is not None:
+        flags = np.zeros(len(boxes), np.uint8) if flags is None else flags
+        boxes, kept = placing.boxes(boxes)
+        flags = flags[kept]
+        if instances is not None:
+            # Boxes are counted anew without those that are cut away, whose pixels fall to the background.
+            numbers = np.concatenate([[0], np.where(kept, kept.cumsum(), 0)])
+            instances = numbers[instances]
+    return Sample(
+        placing.image(decode(record.path, channels, record.frame)),
+        record.label,
+        boxes,
+        flags,
+        instances,
+        semantic,
+        record.presence,
+        record.origin,
+    )
+
+
+def _left_out(record: Record, size: tuple[int, int], fit: Fit) -> int:
+    if record.boxes is None or not len(record.boxes):
+        return 0
+    return int((~place(record.shape[1:], size, fit).boxes(record.boxes)[1]).sum())
+
+
+def named(folder: Path, name: str) -> Path:
+    """Give the path of a file that an annotation names below `folder`.
+
+    Raises RefusedError where the name leads out of the folder, by itself; links are followed as everywhere.
+    """
+    path = PurePosixPath(name)
+    if not name.strip() or not name.isprintable():  # also what is no UTF-8
+        raise RefusedError(f"found {name!r}; a file must be named, in characters that can be shown")
+    if "\\" in name or (len(name) > 1 and name[1] == ":"):
+        raise RefusedError(f"found '{name}'; write the path with '/', from the dataset's own folder")
+    if path.is_absolute() or ".." in path.parts:
+        raise RefusedError(f"'{name}' leads out of the dataset's folder; write the path from there")
+    return folder / path
