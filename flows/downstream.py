@@ -60,14 +60,14 @@ def checked(row: str) -> Stage:
     """Check all that can be checked before work starts, annotations and the file of weights too; raises UserError."""
     stage = Stage("downstream", row, tuple(rows.JUDGED), encoder_of)
     meta = json.loads((stage.pack / "meta.json").read_text())
-    name, needs = stage.params["task"]["name"], rows.tasks()[stage.params["task"]["name"]]["needs"]
+    name, needs = stage.params["task"]["name"], rows.needs(stage.row)
     where, dataset = f"downstream.yaml: {stage.section}.{stage.row}", stage.data["name"]
     if not set(needs) & set(meta["annotations"]):
         raise workspace.UserError(
             f"{where}.data: the dataset '{dataset}' is annotated with {meta['annotations'] or 'nothing'}; the task "
             f"'{name}' needs {' or '.join(needs)}; choose another dataset, or a source that reads them"
         )
-    there = meta["labelled"] if needs == ["labels"] else meta["counts"]
+    there = meta["labelled"] if {"labels"} <= set(needs) & set(meta["annotations"]) else meta["counts"]
     for split in ("train", "validation", "test"):
         if not there.get(split):
             raise workspace.UserError(

@@ -26,6 +26,8 @@ Colours = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET: Colours = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 REBUILT = re.compile(r"(^|\.)(relative_position_index|attn_mask|num_batches_tracked|k_bias)$")
 """Tensors that published files hold though they follow from the architecture."""
+HEADS_OF_CLASSES = ("head.", "classify.")
+"""How the names of a fine-tuned model's classification layer begin."""
 
 
 class Pieces(Strict):
@@ -114,6 +116,13 @@ class Names:
                 "be others; drop these names only if they are no part of the encoder"
             )
         return tuple(left)
+
+    def notes(self) -> tuple[str, ...]:
+        """Say where the file has a classification layer: it is of its own classes and not of the encoder."""
+        head = [name for name in self.state if name.startswith(HEADS_OF_CLASSES)]
+        if not head:
+            return ()
+        return (f"The classification layer ({', '.join(head[:2])}) is left out: a task makes its own.",)
 
 
 def model(imported: Imported) -> MaskedModel:

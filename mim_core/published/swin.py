@@ -47,7 +47,7 @@ def swin(names: Names, hints: Hints) -> Imported:
         found["head"], family = "linear", "Swin as SimMIM pretrains it"
         if "mask_token" in names:
             weights["fill"], found["fill"] = {"token": names.take("mask_token")}, "mask_token"
-    unused = names.left(*SPARE)
+    unused, notes = names.left(*SPARE), notes + names.notes()
     colours = imagenet(channels)
     return Imported(family, check(Pieces, found, "imported"), weights, channels, size, colours, entries, unused, notes)
 

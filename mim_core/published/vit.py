@@ -54,7 +54,7 @@ def relative(names: Names, hints: Hints) -> Imported:
         found["head"], family = "linear", "ViT as BEiT pretrains it"
     if "mask_token" in names and "head" in found:
         weights["fill"], found["fill"] = {"token": names.take("mask_token")}, "mask_token"
-    unused = names.left(*SPARE)
+    unused, notes = names.left(*SPARE), notes + names.notes()
     size = (grid.height, grid.width)
     return Imported(family, check(Pieces, found, "imported"), weights, channels, size, colours, entries, unused, notes)
 
@@ -64,6 +64,11 @@ def plain(names: Names, hints: Hints) -> Imported:
 
     MAE's values run over (row, column, channel) and are put in the order of this project, (channel, row, column).
     """
+    if "dist_token" in names:
+        raise ValueError(
+            "weights: found dist_token; distilled DeiTs have a second class token, which the ViT here has not; take a "
+            "DeiT without distillation"
+        )
     width = int(names.take("patch_embed.proj.weight").shape[0])
     heads = hints.heads or _heads(width)
     encoder, channels, patch_px = _blocks(names, heads)
@@ -85,7 +90,7 @@ def plain(names: Names, hints: Hints) -> Imported:
         weights["head"], head, more = _decoder(names, hints, grid, entries)
         weights["fill"], notes = {}, notes + more
         found |= {"head": head, "fill": {"name": "drop"}}
-    unused = names.left(*SPARE)
+    unused, notes = names.left(*SPARE), notes + names.notes()
     colours = imagenet(channels)
     size = (grid.height, grid.width)
     return Imported(family, check(Pieces, found, "imported"), weights, channels, size, colours, entries, unused, notes)
