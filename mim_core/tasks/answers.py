@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from mim_core.data.pack import Split
 from mim_core.metrics import classes
 
 Predicts = Literal["class", "presence"]
+LIKELIEST = 5
+"""Classes that are named of an image at most."""
 
 
 class Answer(Protocol):
@@ -33,6 +36,10 @@ class Answer(Protocol):
     def loss(self, logits: Float[Tensor, "b k"], labels: Tensor) -> Tensor: ...
 
     def metrics(self, logits: Float[Tensor, "b k"], labels: Tensor) -> dict[str, float]: ...
+
+    def told(self, logits: Float[Tensor, "b k"], names: Sequence[str]) -> list[dict[str, Any]]:
+        """Say of each image what `Task.predict` says of classes."""
+        ...
 
 
 class OneClass:
@@ -63,6 +70,9 @@ class OneClass:
             "cross_entropy": classes.cross_entropy(logits, labels),
         }
 
+    def told(self, logits: Float[Tensor, "b k"], names: Sequence[str]) -> list[dict[str, Any]]:
+        return ranked(logits.softmax(-1), names)
+
 
 class Presence:
     """Which classes are in an image: binary cross-entropy and VOC 2007's mAP; labels are presence [b, k].
@@ -85,6 +95,21 @@ class Presence:
     def metrics(self, logits: Float[Tensor, "b k"], labels: Tensor) -> dict[str, float]:
         mean, _ = classes.presence_map(logits, labels)
         return {"voc07_map": mean, "cross_entropy": classes.presence_entropy(logits.double(), labels).item()}
+
+    def told(self, logits: Float[Tensor, "b k"], names: Sequence[str]) -> list[dict[str, Any]]:
+        chances = logits.sigmoid()
+        present = [[name for name, there in zip(names, row, strict=True) if there] for row in (chances >= 0.5).tolist()]
+        return [{**one, "present": found} for one, found in zip(ranked(chances, names), present, strict=True)]
+
+
+def ranked(chances: Float[Tensor, "b k"], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Name each image's likeliest classes with their probabilities, and the first of them beside."""
+    best, places = chances.topk(min(LIKELIEST, len(names)))
+    found = []
+    for row, at in zip(best.tolist(), places.tolist(), strict=True):
+        top = [{"class": names[place], "probability": chance} for place, chance in zip(at, row, strict=True)]
+        found.append({**top[0], "top": top})
+    return found
 
 
 def answer(predicts: Predicts, smoothing: float = 0.0) -> Answer:

@@ -86,7 +86,8 @@ class Task(Protocol):
     def predict(self, images: Tensor) -> list[dict[str, Any]]:
         """Say what each uint8 image [b, c, H, W] of the facts' size shows, as `evaluate` judges it, in plain values.
 
-        Of classes `class`, `probability` and `top`, a list of both; of a semantic map `map`, a uint8 array [H, W] of
+        Of classes `class`, `probability` and `top`, a list of both, and where several may be in one image `present`,
+        the names of those with a probability of a half; of a semantic map `map`, a uint8 array [H, W] of
         `segments`; of objects `objects`, a list of `class`, `score`, `left`, `top`, `right`, `bottom` in px. The model
         is in evaluation mode and no gradients are kept. A task that cannot answer from its weights alone lacks it.
         """

@@ -219,6 +219,15 @@ class Segment:
         note = f"IoU: mean over the classes of the image. All images: mIoU {miou(counts):.3f}."
         sheet.draw(rows, self.facts.segments, caption, note).save(path)
 
+    def predict(self, images: Tensor) -> list[dict[str, Any]]:
+        maps = [self.logits(some).argmax(1).to(torch.uint8).cpu() for some in images.split(self._at_once())]
+        return [{"map": one} for one in torch.cat(maps).numpy()]
+
+    def _at_once(self) -> int:
+        """How many images are evaluated together."""
+        height, width = self.facts.size
+        return max(1, min(256, AT_ONCE // (len(self.facts.segments) * height * width)))
+
     def _normalised(self, images: Tensor) -> Tensor:
         return normalise(images.to(self.compute.device), self.facts.mean, self.facts.std)
 
@@ -229,10 +238,8 @@ class Segment:
     @torch.no_grad()
     def _judge(self, split: Split, indices: np.ndarray) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Give images on the CPU, and maps and logits on the device, batch by batch."""
-        height, width = self.facts.size
-        size = max(1, min(256, AT_ONCE // (len(self.facts.segments) * height * width)))
         self.model.eval()
-        for some in batched(map(int, indices), size):
+        for some in batched(map(int, indices), self._at_once()):
             images = torch.stack([split.tensor(index) for index in some])
             maps = torch.stack([_map(split, index) for index in some]).to(self.compute.device)
             yield images, maps, self.logits(images)
