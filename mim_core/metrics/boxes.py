@@ -61,6 +61,11 @@ def encode(masks: Bool[np.ndarray, "m H W"]) -> list[Rle]:
     return list(rle.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))) if len(masks) else []
 
 
+def decode(masks: Sequence[Rle], size: tuple[int, int]) -> Bool[np.ndarray, "m H W"]:
+    """Undo `encode` for images of `size` (height, width) px."""
+    return rle.decode(list(masks)).transpose(2, 0, 1).astype(bool) if masks else np.zeros((0, *size), bool)
+
+
 def coco_ap(
     found: Sequence[Found],
     truth: Sequence[Truth],
@@ -102,7 +107,7 @@ class _Judge(COCOeval):  # type: ignore[misc]
                 one["ignore"] = one["ignore"] or one["difficult"]
 
 
-def _coco(images: Sequence[Truth] | Sequence[Found], classes: int, size: tuple[int, int]) -> Any:
+def _coco(images: Sequence[Truth | Found], classes: int, size: tuple[int, int]) -> Any:
     """Write objects as COCO's code wants them; it takes the number 0 for no object, so they count from 1."""
     annotations: list[dict[str, Any]] = []
     for number, image in enumerate(images):
@@ -185,7 +190,7 @@ def _verdicts(found: Sequence[Found], truth: Sequence[Truth], classes: int) -> t
     return keys % classes, verdicts
 
 
-def _gather(images: Sequence[Truth] | Sequence[Found], classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _gather(images: Sequence[Truth | Found], classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Give all images' boxes in one array, and a number for each box's image and class together."""
     boxes = np.concatenate([one.boxes.reshape(-1, 4) for one in images]).astype(np.float64)
     keys = [number * classes + one.classes.astype(np.int64) for number, one in enumerate(images)]
