@@ -223,6 +223,8 @@ def _trained(row: DownstreamRow) -> Iterator[str]:
             yield f"{key}: missing; the task '{row.task.name}' trains, and this key is required"
         if not trains and found:
             yield f"{key}: found one; the task '{row.task.name}' trains nothing; delete this key"
+    if row.augment and not trains:
+        yield f"augment: found one; the task '{row.task.name}' trains nothing; delete this key"
 
 
 def _judges(row: DownstreamRow, params: Params, size: tuple[int, int]) -> list[str]:
