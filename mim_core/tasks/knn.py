@@ -151,11 +151,6 @@ class Knn:
     def predict(self, images: Tensor) -> list[dict[str, Any]]:
         return self.answer.told(self.logits(images), self.facts.classes)
 
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> list[dict[str, Any]]:
-        self.model.eval()
-        return self.answer.told(self.logits(images), self.facts.classes)
-
     def _fill(self) -> None:
         """Read the features that vote, once."""
         if self.known and not self.banks:

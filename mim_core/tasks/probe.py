@@ -188,11 +188,6 @@ class Probe:
         return self.answer.told(self.logits(images), self.facts.classes)
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> list[dict[str, Any]]:
-        self.model.eval()
-        return self.answer.told(self.logits(images), self.facts.classes)
-
-    @torch.no_grad()
     def _scores(self, split: Split) -> list[Tensor]:
         """Score a split's labelled images by each head: logits [n, k]."""
         self.model.eval()
