@@ -26,7 +26,7 @@ from mim_core.data.pack import NOT_JUDGED, Split, batched, semantic_map
 from mim_core.devices import Compute
 from mim_core.encoders.swin import Swin
 from mim_core.masks import generator
-from mim_core.metrics.segments import confusion, mean_accuracy, miou, pixel_accuracy
+from mim_core.metrics.segments import confusion, ious, mean_accuracy, miou, pixel_accuracy
 from mim_core.spec import OneOf, Pair, Piece, build
 from mim_core.tasks.segment import sheet
 from mim_core.tasks.segment.heads import SEGMENT_HEADS
@@ -215,12 +215,12 @@ class Segment:
         for images, maps, logits in self._judge(split, labelled[chosen]):
             for image, true, predicted in zip(images, maps, logits.argmax(1).cpu(), strict=True):
                 rows.append(sheet.Row(image / 255, true, predicted, found[int(chosen[len(rows)])]))
-        caption = f"{len(rows)} of {len(labelled):,} images, from the worst to the best by equal steps of rank"
-        note = f"IoU: mean over the classes of the image. All images: mIoU {miou(counts):.3f}."
-        sheet.draw(rows, self.facts.segments, caption, note).save(path)
+        caption = f"{len(rows)} of {len(labelled):,} images, from the worst to the best in equal steps of their rank"
+        note = f"IoU: mean over the classes of the image; in brackets a class's in all images, mIoU {miou(counts):.3f}"
+        sheet.draw(rows, self.facts.segments, caption, note, ious(counts).tolist()).save(path)
 
     def predict(self, images: Tensor) -> list[dict[str, Any]]:
-        maps = [self.logits(some).argmax(1).to(torch.uint8).cpu() for some in images.split(self._at_once())]
+        maps = [self.logits(some).argmax(1).to(torch.uint8).cpu() for some in torch.split(images, self._at_once())]
         return [{"map": one} for one in torch.cat(maps).numpy()]
 
     def _at_once(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from mim_core.tasks.segment.palette import BACKGROUND, UNJUDGED, Colour, palette
 COLUMNS = ("image", "true", "predicted")
 TILE, LABEL, LINE, SWATCH = 96, 20, 20, 12
 """Px: a tile's width, the text below one, a line of the legend, a colour in it."""
+EDGE = (150, 150, 150)
+"""Of tiles: what is not judged is white, as is the page."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +34,38 @@ class Row:
     iou: float
 
 
-def draw(rows: Sequence[Row], names: Sequence[str], caption: str, note: str = "", across: int = 3) -> Image.Image:
-    """Lay images out, `across` groups of three tiles side by side; `names` are those of the maps' values.
+def draw(
+    rows: Sequence[Row],
+    names: Sequence[str],
+    caption: str,
+    note: str = "",
+    ious: Sequence[float] | None = None,
+    across: int = 3,
+) -> Image.Image:
+    """Lay images out, `across` groups of three tiles side by side.
 
-    Colours go to the classes on the page, the most frequent first, so that a page of few classes has colours that lie
-    far apart. The first class is drawn as background where it has that name.
+    `names` are those of the maps' values, `ious` what the legend says of each (NaN: nothing). Colours go to the classes
+    on the page, the most frequent first, so that a page of few classes has colours that lie far apart. The first class
+    is drawn as background where it has that name.
     """
     colours = legend(rows, names)
     cell = _cell(rows[0].image)
-    group, down = 3 * (cell.width + GAP) + 16, -(-len(rows) // across)
     across = min(across, len(rows))
-    foot = TOP + down * (cell.height + LABEL)
+    group = 3 * (cell.width + GAP) + 16
+    foot = TOP + -(-len(rows) // across) * (cell.height + LABEL)
     page = Sheet(across * group + 8, foot, caption, note, fit=True)
-    entries = [(names[value] if value != NOT_JUDGED else "not judged", colours[value]) for value in sorted(colours)]
+    entries = [(_entry(value, names, ious), colours[value]) for value in sorted(colours)]
     column = 3 * SWATCH + max(round(page.small.getlength(name)) for name, _ in entries)
     columns = max(1, (page.image.width - 20) // column)
     page = Sheet(page.image.width, foot + 6 + -(-len(entries) // columns) * LINE, caption, note)
     for index, row in enumerate(rows):
-        left, top = 10 + index // down * group, TOP + index % down * (cell.height + LABEL)
+        left, top = 10 + index % across * group, TOP + index // across * (cell.height + LABEL)
         for at, picture in enumerate((row.image, _paint(row.true, colours), _paint(row.predicted, colours))):
             place = left + at * (cell.width + GAP)
-            if index % down == 0:
+            if index < across:
                 page.say(COLUMNS[at], place, 34)
             page.paste(_shrink(picture, cell), place, top, cell)
+            page.pen.rectangle((place - 1, top - 1, place + cell.width, top + cell.height), outline=EDGE)
         page.say(f"IoU {row.iou:.2f}", left + 2 * (cell.width + GAP), top + cell.height + 2)
     for index, (name, colour) in enumerate(entries):
         left, top = 10 + index % columns * column, foot + 6 + index // columns * LINE
@@ -73,6 +85,12 @@ def legend(rows: Sequence[Row], names: Sequence[str]) -> dict[int, Colour]:
     classes = [value for value, _ in shown.most_common() if value not in fixed]
     given = dict(zip(classes, palette(len(classes)), strict=True))
     return {value: given.get(value) or fixed[value] for value in shown}
+
+
+def _entry(value: int, names: Sequence[str], ious: Sequence[float] | None) -> str:
+    if value == NOT_JUDGED:
+        return "not judged"
+    return names[value] if ious is None or math.isnan(ious[value]) else f"{names[value]} ({ious[value]:.2f})"
 
 
 def _paint(values: Int[Tensor, "H W"], colours: Mapping[int, Colour]) -> Float[Tensor, "3 H W"]:
