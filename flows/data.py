@@ -5,24 +5,29 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib.util
+import inspect
 import io
+import json
 import os
 import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows import workspace
+from flows.archives import ENDINGS, is_archive, unpack
 from flows.pins import Listing, cached_at, dvc, folder_md5, listing, pin, pinned_listing, verified
 from flows.workspace import UserError
 from mim_core.files import write_atomically
 
+if TYPE_CHECKING:
+    from mim_core.data.pack import Source
+
 EMBEDDED = {"digits.csv.gz": "data", "china.jpg": "images", "flower.jpg": "images"}
 """Files of data/scenes/, and the folder below scikit-learn's `datasets` that each comes from."""
 STAGED = ("data.dvc", "params/data.yaml")
-NEW_ROW = "source: {name: folder, size_px: [0, 0], validation: 0.1, test: 0.1}"
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test"}
 EFFECTIVE = os.access in os.supports_effective_ids
 Say = Callable[[str], object]
@@ -82,92 +87,179 @@ def _fetch(say: Say) -> str:
 
 
 def add(
-    source: Path, name: str, size: tuple[int, int] | None, say: Say = print, *, replace: bool = False
+    source: Path,
+    name: str,
+    size: tuple[int, int] | None,
+    say: Say = print,
+    *,
+    form: str | None = None,
+    replace: bool = False,
 ) -> dict[str, Any]:
-    """Bring in a folder of images, flat or with a sub-folder a class, as the dataset `name`, and pin it.
+    """Bring in a folder or an archive of images as the dataset `name`, and pin it.
 
-    `size` is (height, width) in px; None takes one that fits the images. `replace` allows a name that exists and keeps
-    what else its row says. All is checked first, and everything is put back where a step fails. Raises UserError.
+    `form` is the name of a source; None takes the one that the files show, else that of plain folders. `size` is
+    (height, width) in px; None takes one that fits. `replace` allows a name that exists and keeps what else its row
+    says. All is checked first, and everything is put back where a step fails. Raises UserError.
     """
-    from mim_core.data.folder import scan
-    from mim_core.data.images import short_side
-
     rows, new_row, write_rows = _open_rows()
     if size is not None and min(size) < 1:
         raise UserError(f"--size: found {size[0]} x {size[1]}; height and width are 1 px at least; choose another")
-    _check_arguments(source, name, rows.get(name), replace)
+    _check_arguments(source, name, rows.get(name), form, replace)
     verified(apart_from=name if replace else None)
-    say(f"{source}: reading every file once")
-    readable, refused = scan(source)
-    listed = _list_refused(name, refused, say)
-    if not readable:
-        raise UserError(f"{source}: found no readable image, {len(refused)} refused{listed}; give a folder of images")
-    if name not in rows and size is None:
-        size = (min(max(int(statistics.median(map(short_side, readable)) // 16 * 16), 32), 224),) * 2
-    row = rows.setdefault(name, new_row)
-    if size is not None:
-        row["source"]["size_px"][:] = size
-    needed, free = 2 * sum(path.stat().st_size for path in readable), shutil.disk_usage(workspace.root()).free
-    if needed > free:
-        raise UserError(f"{source}: a copy and DVC's cache need {needed >> 20} MiB, {free >> 20} are free; make room")
-    with _undone_on_failure(name) as work:
-        for path in readable:
-            copy = work / "new" / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-        if workspace.data_folder(name).exists():
-            shutil.move(workspace.data_folder(name), work / "old")
-        shutil.move(work / "new", workspace.data_folder(name))
-        if trouble := dvc("add", "data")[1]:
-            raise UserError(f"data/{name}: DVC could not take it in, so all is put back; {trouble}")
-        write_rows()
-        if workspace.git("rev-parse") is not None and workspace.git("add", "--", *STAGED) is None:
-            raise UserError("data.dvc: git could not stage it, so all is put back; end other git commands, try again")
-        md5 = guard()[name]
-    classes = sorted({path.relative_to(source).parts[0] for path in readable if path.parent != source})
-    unlabelled = sum(path.parent == source for path in readable)
-    if len(classes) > 1 and {label.lower() for label in classes} <= SPLIT_NAMES:
-        say(f"data/{name}: careful: each sub-folder is a class, and {classes} look like splits; if so, add one of them")
+    with _unpacked(source, say) as (folder, spoiled):
+        at, form = _recognised(source, folder, form, say)
+        row = rows.get(name) or new_row(form)
+        if row["source"]["name"] != form:
+            other = row["source"]["name"]
+            raise UserError(f"--name: '{name}' is a dataset of the source '{other}', not '{form}'; choose another name")
+        say(f"{source}: reading every file once")
+        read, listed = _read(source, at, name, row, spoiled, say)
+        if size is None and name not in rows:
+            size = _fitting(read, form)
+        if size is not None:
+            row["source"]["size_px"][:] = size
+        rows[name] = row
+        archived = folder != source
+        needed = (1 if archived else 2) * sum(path.stat().st_size for path in read.files)
+        free = shutil.disk_usage(workspace.root()).free
+        if needed > free:
+            raise UserError(
+                f"{source}: a copy and DVC's cache need {needed >> 20} MiB, {free >> 20} are free; make room"
+            )
+        with _undone_on_failure(name) as work:
+            for path in read.files:
+                copy = work / "new" / path.relative_to(at)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, copy) if archived else shutil.copyfile(path, copy)
+            if workspace.data_folder(name).exists():
+                shutil.move(workspace.data_folder(name), work / "old")
+            shutil.move(work / "new", workspace.data_folder(name))
+            if trouble := dvc("add", "data")[1]:
+                raise UserError(f"data/{name}: DVC could not take it in, so all is put back; {trouble}")
+            write_rows()
+            if workspace.git("rev-parse") is not None and workspace.git("add", "--", *STAGED) is None:
+                raise UserError(
+                    "data.dvc: git could not stage it, so all is put back; end other git commands, try again"
+                )
+            md5 = guard()[name]
+    if form == "folder" and len(read.classes) > 1 and {label.lower() for label in read.classes} <= SPLIT_NAMES:
+        found = f"{read.classes} look like splits"
+        say(f"data/{name}: careful: each sub-folder is a class, and {found}; if so, add one of them")
     height, width = row["source"]["size_px"]
+    images, unlabelled = sum(read.counts.values()), sum(path.parent == at for path in read.files)
+    labels = (
+        f"{unlabelled} without a label" if form == "folder" else f"with {', '.join(read.annotations) or 'no labels'}"
+    )
+    refused = [*spoiled, *read.quarantined]
     say(
-        f"data/{name}: {len(readable)} images, {len(classes)} classes, {unlabelled} without a label, "
+        f"data/{name}: {images} images, {len(read.classes)} classes, {labels}, "
         f"{len(refused)} files refused{listed}; read as {height} x {width} px\n"
         f"next: add a row with `data: {name}` to params/pretrain.yaml, then `dvc repro pretrain@ROW`"
     )
     return {
         "name": name,
-        "images": len(readable),
-        "classes": classes,
-        "unlabelled": unlabelled,
+        "form": form,
+        "images": images,
+        "classes": read.classes,
+        "unlabelled": unlabelled if form == "folder" else 0,
         "quarantined": refused,
         "size": (height, width),
         "md5": md5,
     }
 
 
-def _check_arguments(source: Path, name: str, row: Any, replace: bool) -> None:
+def _check_arguments(source: Path, name: str, row: Any, form: str | None, replace: bool) -> None:
     """Check what needs no image to be read; raises UserError."""
+    from mim_core.data.sources import SOURCES
     from mim_core.params import ROW_NAME
+    from mim_core.spec import nearest
 
     rule = "a name may hold lower-case letters, digits, '_' and '-' only"
     if not name or set(name) - set(ROW_NAME) or len(name) > 100:
         raise UserError(f"--name: found {name!r}; {rule}, 100 at most; choose another")
-    if row is not None and row["source"]["name"] != "folder":
+    forms = [key for key in SOURCES if key != "scenes"]
+    if form is not None and form not in forms:
+        raise UserError(f"--format: '{form}' is not one of {forms}{nearest(form, forms)}")
+    if row is not None and row["source"]["name"] not in forms:
         raise UserError(f"--name: '{name}' is a dataset of the source '{row['source']['name']}'; choose another name")
     if not replace and (row is not None or workspace.data_folder(name).exists()):
         raise UserError(f"--name: there is a dataset '{name}' already; choose another name, or replace it by --replace")
-    if not source.is_dir():
+    if not source.is_dir() and not is_archive(source):
         found = "is a file" if source.exists() else "does not exist"
-        raise UserError(f"{source}: {found}; images come in as a folder; check the path")
+        raise UserError(f"{source}: {found}; images come in as a folder, or as one of {list(ENDINGS)}; check the path")
     if workspace.data_folder().resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{source}: lies in data/ itself; images come in from outside; move the folder out and add it")
-    if not os.access(source, os.R_OK | os.X_OK, effective_ids=EFFECTIVE):
+    wanted = os.R_OK | os.X_OK if source.is_dir() else os.R_OK
+    if not os.access(source, wanted, effective_ids=EFFECTIVE):
         raise UserError(f"{source}: the folder cannot be read; adding copies its files; change its permissions")
-    if not any(source.iterdir()):
+    if source.is_dir() and not any(source.iterdir()):
         raise UserError(f"{source}: the folder is empty; give a folder of images")
     for folder in (workspace.root(), workspace.params_folder(), workspace.data_folder()):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK, effective_ids=EFFECTIVE):
             raise UserError(f"{folder}: cannot be written to; adding a dataset writes here; change its permissions")
+
+
+@contextlib.contextmanager
+def _unpacked(source: Path, say: Say) -> Iterator[tuple[Path, list[dict[str, str]]]]:
+    """Give the folder that is to be read, and what an archive held that is refused."""
+    if source.is_dir():
+        yield source, []
+        return
+    workspace.home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="add-", dir=workspace.home()) as folder:
+        say(f"{source}: unpacking")
+        yield Path(folder), unpack(source, Path(folder))
+
+
+def _recognised(source: Path, folder: Path, form: str | None, say: Say) -> tuple[Path, str]:
+    """Find the dataset's own folder, and its form where none is given."""
+    from mim_core.data.formats import locate
+
+    at, shown = locate(folder)
+    if form is None and len(shown) > 1:
+        found = "; ".join(f"{name} by {why}" for name, why in shown.items())
+        raise UserError(f"{source}: could be {found}; say which one it is by --format")
+    if form is None:
+        form = next(iter(shown), "folder")
+        why = shown.get(form, "it has no annotations of a known form")
+        say(f"{source}: taken as --format {form}: {why}")
+    # A folder that was given names its classes itself; what wraps an archive's only folder says nothing.
+    return (at if form in shown or folder != source else folder), form
+
+
+def _read(source: Path, at: Path, name: str, row: Any, spoiled: list[dict[str, str]], say: Say) -> tuple[Source, str]:
+    """Read the dataset as its row says, and list what is refused; gives its source, and where the list is."""
+    from mim_core.data.records import NoImagesError
+    from mim_core.data.sources import SOURCES
+    from mim_core.params import DataRow
+    from mim_core.spec import build, check
+
+    plain = json.loads(json.dumps(row))
+    try:
+        read: Source = build(SOURCES, check(DataRow, plain, f"params/data.yaml {name}").source, at)
+    except NoImagesError as error:
+        refused = [*spoiled, *error.quarantined]
+        told = f"found no readable image, {len(refused)} refused{_list_refused(name, refused, say)}"
+        raise UserError(f"{source}: {told}; give a folder of images") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{source}: {error}") from None
+    return read, _list_refused(name, [*spoiled, *read.quarantined], say)
+
+
+def _fitting(read: Source, form: str) -> tuple[int, int] | None:
+    """A square that fits the images: the median of their shorter sides, by 16, from 32 to 224 px; None keeps the row's.
+
+    Published datasets come with the size that is usual for them.
+    """
+    from mim_core.data.images import EXTENSIONS, short_side
+
+    if form not in ("folder", "csv"):
+        return None
+    sides = []
+    for path in read.files:
+        with contextlib.suppress(OSError, ValueError):  # a broken one
+            sides += [short_side(path)] if path.suffix.lower() in EXTENSIONS else []
+    return (min(max(int(statistics.median(sides) // 16 * 16), 32), 224),) * 2
 
 
 def _list_refused(name: str, refused: list[dict[str, str]], say: Say) -> str:
@@ -185,8 +277,8 @@ def _list_refused(name: str, refused: list[dict[str, str]], say: Say) -> str:
     return f" (listed in {table.relative_to(workspace.root())})"
 
 
-def _open_rows() -> tuple[Any, Any, Callable[[], None]]:
-    """Open params/data.yaml with its comments; gives its rows, a new row, and a function that writes the file."""
+def _open_rows() -> tuple[Any, Callable[[str], Any], Callable[[], None]]:
+    """Open params/data.yaml with its comments; gives its rows, what makes a row of a form, and what writes the file."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
@@ -204,7 +296,16 @@ def _open_rows() -> tuple[Any, Any, Callable[[], None]]:
         editor.dump(content, text)
         write_atomically(path, text.getvalue())
 
-    return rows, editor.load(NEW_ROW), write
+    return rows, lambda form: editor.load(_new_row(form)), write
+
+
+def _new_row(form: str) -> str:
+    from mim_core.data.sources import SOURCES
+
+    parameters = inspect.signature(SOURCES[form]).parameters
+    said = {"name": form, "size_px": list(parameters["size_px"].default)}
+    said |= {key: parameters[key].default for key in ("validation", "test") if key in parameters}
+    return "source: {" + ", ".join(f"{key}: {value}" for key, value in said.items()) + "}"
 
 
 @contextlib.contextmanager

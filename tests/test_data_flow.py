@@ -8,18 +8,23 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from format_trees import ade_tree, cifar_tree, coco_tree, csv_tree, inaturalist_tree, save_image, voc_tree
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 pytest.importorskip("dvc")
 
 from flows import data, pins, workspace
 from flows.workspace import UserError
+from mim_core.data.pack import Source
+from mim_core.data.sources import SOURCES
 
 COMMENTED = """# Datasets.
 data:
@@ -411,3 +416,115 @@ def test_no_write_permission(project: Path, photos: Path) -> None:
             os.seteuid(0)
         for folder, mode in modes.items():
             folder.chmod(mode)
+
+
+# Adding datasets in published forms
+
+
+TREES = {"coco": coco_tree, "voc": voc_tree, "ade20k": ade_tree, "inaturalist": inaturalist_tree, "csv": csv_tree}
+MASKS = {"annotations", "SegmentationClass", "SegmentationObject"}
+
+
+@pytest.mark.parametrize("form", TREES)
+def test_forms_are_recognised_and_come_in_whole(project: Path, tmp_path: Path, form: str) -> None:
+    """The copy is read as the original was: annotations come along, and what no annotation names stays behind."""
+    root = TREES[form](tmp_path / "outer" / "inner")
+    if form != "ade20k":  # there a folder is the list of its images
+        save_image(root / "JPEGImages" / "more.jpg", 99)
+    original = build_source(form, root)
+    broken = next(path for path in original.files if path.suffix in (".jpg", ".png") and not MASKS & set(path.parts))
+    broken.write_bytes(broken.read_bytes()[:200])
+    said = list[str]()
+    result = data.add(tmp_path / "outer", "mine", None, said.append)
+    assert said[0].startswith(f"{tmp_path / 'outer'}: taken as --format {form}: ")
+    assert result["form"] == form
+    assert result["images"] == sum(original.counts.values()) - 1
+    assert [entry["file"] for entry in result["quarantined"]] == [broken.relative_to(root).as_posix()]
+    assert result["size"] == ((32, 32) if form == "csv" else (224, 224))
+    row = yaml.safe_load((project / "params" / "data.yaml").read_text())["data"]["mine"]["source"]
+    assert row == {"name": form, "size_px": list(result["size"]), "validation": 0.1, "test": 0.1}
+    copied = build_source(form, project / "data" / "mine")
+    assert copied.counts == build_source(form, root).counts
+    assert copied.quarantined == result["quarantined"]
+    files = {path.relative_to(project / "data" / "mine") for path in (project / "data" / "mine").rglob("*.*")}
+    assert {path.relative_to(root) for path in original.files} == files
+    assert data.guard()["mine"] == result["md5"]
+
+
+def build_source(form: str, root: Path) -> Source:
+    source: Source = SOURCES[form](root)
+    return source
+
+
+def test_cifar_comes_in(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "outer"
+    for name, table in cifar_tree(root, CIFAR10, "labels", "label_names", 5).items():
+        monkeypatch.setattr(CIFAR10, name, table)
+    result = data.add(root, "small", None, quiet)
+    assert (result["form"], result["images"], result["size"]) == ("cifar10", 60, (32, 32))
+    assert "source: {name: cifar10, size_px: [32, 32], validation: 0.1}" in (project / "params/data.yaml").read_text()
+
+
+@pytest.mark.parametrize("ending", ["zip", "tar", "tar.gz"])
+def test_archives_come_in(project: Path, photos: Path, tmp_path: Path, ending: str) -> None:
+    kind = {"zip": "zip", "tar": "tar", "tar.gz": "gztar"}[ending]
+    archive = Path(shutil.make_archive(str(tmp_path / "photos"), kind, photos.parent, photos.name))
+    assert archive.name == f"photos.{ending}"
+    result = data.add(archive, "pets", (24, 24), quiet)
+    assert (result["form"], result["images"], result["classes"]) == ("folder", 6, ["cat", "dog"])
+    assert {entry["file"] for entry in result["quarantined"]} == {"cat/text.png", "dog/cut.jpg", "dog/nothing.jpg"}
+    assert len(list((project / "data" / "pets").rglob("*.jpg"))) == 6
+    assert not list((project / ".unmask").glob("add-*"))
+    assert archive.is_file()
+
+
+def test_what_an_archive_holds_in_vain_is_listed(project: Path, tmp_path: Path) -> None:
+    root = coco_tree(tmp_path / "coco")
+    with tarfile.open(tmp_path / "coco.tar", "w") as archive:
+        archive.add(root, "wrap/coco")
+        entry = tarfile.TarInfo("../../evil.png")
+        archive.addfile(entry)
+        entry = tarfile.TarInfo("wrap/coco/train2017/link.png")
+        entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(entry)
+    result = data.add(tmp_path / "coco.tar", "things", None, quiet)
+    assert (result["form"], result["images"]) == ("coco", 5)
+    expected = {"coco.tar: ../../evil.png", "coco.tar: wrap/coco/train2017/link.png"}
+    assert {entry["file"] for entry in result["quarantined"]} == expected
+    assert (project / "report" / "quarantine" / "things.csv").read_text().count("\n") == 3
+
+
+def test_forms_that_are_not_clear_or_not_there(project: Path, photos: Path, tmp_path: Path) -> None:
+    before = state(project)
+    root = csv_tree(coco_tree(tmp_path / "both"))
+    with pytest.raises(UserError, match=r"could be coco by annotations/.*; csv by labels.csv with a .*--format"):
+        data.add(root, "mine", None, quiet)
+    with pytest.raises(UserError, match=r"--format: 'cocco' is not one of .*; did you mean 'coco'\?"):
+        data.add(root, "mine", None, quiet, form="cocco")
+    with pytest.raises(UserError, match=r"JPEGImages.* are not there; a VOC folder has them"):
+        data.add(root, "mine", None, quiet, form="voc")
+    (root / "annotations" / "instances_val2017.json").write_text("{")
+    with pytest.raises(UserError, match=r"instances_val2017.json line 1 column 2: "):
+        data.add(root, "mine", None, quiet, form="coco")
+    (tmp_path / "bad.zip").write_text("none")
+    with pytest.raises(UserError, match="the archive is damaged"):
+        data.add(tmp_path / "bad.zip", "mine", None, quiet)
+    assert state(project) == before
+    assert data.add(root, "mine", None, quiet, form="csv")["images"] == 5
+    with pytest.raises(UserError, match=r"'mine' is a dataset of the source 'csv', not 'folder'"):
+        data.add(photos, "mine", None, quiet, replace=True)
+
+
+def test_a_replaced_dataset_is_read_as_its_row_says(project: Path, tmp_path: Path) -> None:
+    root = voc_tree(tmp_path / "voc")
+    data.add(root, "voc", (32, 48), quiet)
+    path = project / "params" / "data.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("test: 0.1}", "test: 0.1, lists: segmentation, fit: contain}"))
+    (root / "SegmentationClass" / "2007_000001.png").unlink()
+    said = list[str]()
+    result = data.add(root, "voc", None, said.append, replace=True)
+    assert result["size"] == (32, 48)
+    assert [entry["file"] for entry in result["quarantined"]] == ["JPEGImages/2007_000001.jpg"]
+    assert "with boxes, instances, presence, semantic" in said[-1]
+    assert "lists: segmentation, fit: contain" in path.read_text()

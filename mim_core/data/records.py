@@ -61,7 +61,7 @@ class Found:
 
     def use(self, path: Path) -> Path:
         """Note a file as part of the dataset, where it is there."""
-        if os.path.isfile(path):  # False also for names that no file can have
+        if os.path.isfile(path) and os.access(path, os.R_OK):  # False also for names that no file can have
             self.files.add(path)
         return path
 
