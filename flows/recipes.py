@@ -1,4 +1,4 @@
-"""The papers' full-size recipes: a list of them, and one as a row for params/pretrain.yaml."""
+"""The papers' full-size recipes: a list of them, and one as a row for a file of params/."""
 
 from __future__ import annotations
 
@@ -8,38 +8,47 @@ from typing import Any
 
 import yaml
 
-from flows import family, rows, workspace
+from flows import family, results, rows, workspace
 
-SECTIONS = ("pretrain", "pretrain_fitted")
+PRETRAIN = ("pretrain", "pretrain_fitted")
+SECTIONS = (*PRETRAIN, *rows.JUDGED)
 FILE = "recipes.yaml"
 
 
 def listing() -> Iterator[str]:
-    """Say each recipe in a line: its pieces, length, batch and learning rates."""
-    from mim_core.params import PretrainRow
+    """Say each recipe in a line: its pieces, or its task and start, length, batch and learning rates."""
+    found = _load()
+    pretrained, judged = found.pretrained(), found.judged()
+    width = max(map(len, (*pretrained, *judged)), default=0)
+    for name, row in {**pretrained, **judged}.items():
+        content = row.model_dump(mode="json")
+        if name in pretrained:
+            said = " x ".join(family.short(content).values())
+        else:
+            said = f"{results.task_words(content['task'])} on {row.data}, from {row.init}"
+        yield f"{name:{width}}  {said}; {_length(row)}"
 
-    found: dict[str, PretrainRow] = _load().pretrained()
-    width = max(map(len, found), default=0)
-    for name, row in found.items():
-        optim, pieces = row.optim, " x ".join(family.short(row.model_dump(mode="json")).values())
-        yield f"{name:{width}}  {pieces}; {optim.epochs:g} epochs, batch {optim.batch:,}, {_rate(optim)}"
+
+def _length(row: Any) -> str:
+    if row.optim is None:
+        return "nothing is trained"
+    return f"{row.optim.epochs:g} epochs, batch {row.optim.batch:,}, {_rate(row)}"
 
 
 def recipe(name: str, dataset: str | None = None) -> str:
-    """Give a recipe as YAML to be appended to params/pretrain.yaml, below comments that say what it comes to.
+    """Give a recipe as YAML for its section of params/, below comments that say what it comes to.
 
     `dataset` takes the place of the recipe's own. Raises UserError where either is not known.
     """
     known = _load()
     given = known.model_dump(mode="json")
-    rows.find(given, SECTIONS, name)
-    row, section = known.pretrained()[name], next(one for one in SECTIONS if name in given[one])
+    section = rows.section_of(given, SECTIONS, name)
+    row = getattr(known, section)[name]
     source = given["data"][row.data]["source"]
     content = yaml.safe_load((workspace.params_folder() / FILE).read_text())  # as written, with no default filled in
     said = list(_comment(name))
-    said.append(
-        f"Learning rate: {_rate(row.optim)}. Length: {row.optim.epochs:g} epochs, {_steps(row.optim, dataset)}."
-    )
+    if row.optim is not None:
+        said.append(f"Learning rate: {_rate(row)}. Length: {row.optim.epochs:g} epochs, {_steps(row.optim, dataset)}.")
     if dataset:
         mine = rows.find(rows.load(), ("data",), dataset)["source"]
         if mine["size_px"] != source["size_px"]:
@@ -48,7 +57,9 @@ def recipe(name: str, dataset: str | None = None) -> str:
             )
     else:
         said.append(f"`{row.data}` is images of {_px(source)}; --data names the dataset that takes its place.")
-    if row.fitted:
+    if section in rows.JUDGED:
+        said.append(f"It belongs below `{section}:` in params/downstream.yaml. It begins from `{row.init}`.")
+    elif row.fitted:
         said.append("It belongs below `pretrain_fitted:`, and its tokenizer into params/targets.yaml:")
         target = {**content["targets"][row.fitted], "data": dataset or row.data}
         said += ["  " + line for line in _yaml({row.fitted: target}).splitlines()]
@@ -75,7 +86,10 @@ def _comment(name: str) -> Iterator[str]:
         above = [*above, line.strip().removeprefix("#").strip()] if line.startswith("  #") else []
 
 
-def _rate(optim: Any) -> str:
+def _rate(row: Any) -> str:
+    optim = row.optim
+    if not hasattr(optim, "base_lr"):
+        return f"lr {', '.join(f'{rate:g}' for rate in row.lr_grid)}"
     if optim.base_lr is None:
         return f"lr {optim.lr:g}"
     return f"base lr {optim.base_lr:g} for {optim.base_batch:,} images, lr {optim.rate:g} at batch {optim.batch:,}"

@@ -45,7 +45,7 @@ FILES: dict[str, Sections] = {
     "downstream.yaml": JUDGED,
 }
 RECIPES: dict[str, Sections] = {
-    "recipes.yaml": ("data", "targets", "pretrain_fitted", "pretrain", "baselines", "downstream")
+    "recipes.yaml": ("data", "targets", "pretrain_fitted", "pretrain", "baselines", "supervised", "downstream")
 }
 ROW_NAME = "abcdefghijklmnopqrstuvwxyz0123456789_-"
 MODELS: dict[str, type[Strict]] = {
