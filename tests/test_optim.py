@@ -1,4 +1,4 @@
-"""Schedules and parameter groups: closed forms, and the published tables."""
+"""Schedules, parameter groups, optimisers and averages: closed forms, and the published tables."""
 
 from __future__ import annotations
 
@@ -17,10 +17,22 @@ from mim_core.fills import MaskToken
 from mim_core.grid import Entries
 from mim_core.heads import HEADS
 from mim_core.jobs.pretrain import undecayed
-from mim_core.optim import SCHEDULES, Player, adamw, cosine, multistep, param_groups
-from mim_core.params import EncoderOf
+from mim_core.optim import (
+    OPTIMISERS,
+    SCHEDULES,
+    Average,
+    Player,
+    adamw,
+    cosine,
+    lars,
+    multistep,
+    param_groups,
+    polynomial,
+    sgd,
+)
+from mim_core.params import EncoderOf, FineTune
 from mim_core.pretext import MaskedModel
-from mim_core.spec import build, check
+from mim_core.spec import SpecError, build, check
 from mim_core.tasks.classify import Classifier
 
 PARITY = Path(__file__).parent / "parity"
@@ -61,6 +73,12 @@ def test_a_cosine_after_the_warmup_begins_at_the_peak() -> None:
     assert rate(10) == 0.5
 
 
+def test_a_polynomial_falls_in_a_straight_line_by_default() -> None:
+    rate = partial(polynomial, total=100, peak=1.0, warmup=20, floor=0.1, after_warmup=True)
+    assert [rate(10), rate(20), rate(60), rate(100)] == pytest.approx([0.5, 1.0, 0.55, 0.1])
+    assert polynomial(50, 100, peak=1.0, power=2.0) == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_warms_up_and_never_rises_after(name: str) -> None:
     params = {"milestones": [0.5, 0.75]} if name == "multistep" else {}
@@ -84,7 +102,7 @@ def test_cosine_is_the_published_schedule() -> None:
     np.testing.assert_allclose(ours, published, rtol=1e-9)
 
 
-def finetuning_groups(encoder: ViT, decay: float) -> dict[str, tuple[float, float]]:
+def finetuning_groups(encoder: Any, decay: float) -> dict[str, tuple[float, float]]:
     """Name -> (lr_scale, weight_decay) of a classifier as the job groups it."""
     model = Classifier(encoder, 2)
 
@@ -207,3 +225,169 @@ def test_clipping_scales_the_gradient_and_tells_the_norm_before() -> None:
     assert player.step(0).item() == pytest.approx(50)
     first_moment = player.optimiser.state[weight]["exp_avg"]
     torch.testing.assert_close(first_moment, 0.1 * torch.tensor([0.6, 0.8]))
+
+
+def test_layer_decay_of_a_swin_is_simmims() -> None:
+    encoder = build(
+        ENCODERS,
+        check(EncoderOf, {"encoder": {**SMALL["swin"], "name": "swin", "depths": [2, 1]}}, "row").encoder,
+        (32, 32),
+        3,
+    )
+    # SimMIM's fine-tuning: embeddings 0, block k of all stages k + 1, merging with the block before it, the rest last.
+    layers = {
+        "backbone.patch_embed.": 0,
+        "backbone.layers.0.blocks.0.": 1,
+        "backbone.layers.0.blocks.1.": 2,
+        "backbone.layers.1.downsample.": 2,
+        "backbone.layers.1.blocks.0.": 3,
+        "backbone.norm.": 4,
+    }
+    ours = finetuning_groups(encoder, 0.9)
+    for name, (scale, weight_decay) in ours.items():
+        inner = name.removeprefix("encoder.")
+        at = next((layer for begins, layer in layers.items() if inner.startswith(begins)), 4)
+        assert scale == pytest.approx(0.9 ** (4 - at)), name
+        spared = name.endswith((".bias", "relative_position_bias_table")) or "norm" in name
+        assert weight_decay == (0 if spared else 0.05), name
+    assert len({scale for scale, _ in ours.values()}) == 5
+
+
+def test_layer_decay_of_convolutions_goes_by_their_order() -> None:
+    encoder = encoder_of("conv")
+    ours = finetuning_groups(encoder, 0.5)
+    # Four convolutions, and nothing before or after them but the task's own layers.
+    for index in range(4):
+        assert ours[f"encoder.stages.{index}.0.weight"] == (0.5 ** (5 - (index + 1)), 0.05)
+    assert ours["classify.weight"] == (1.0, 0.05)
+    assert ours["classify.bias"] == (1.0, 0.0)
+
+
+def test_a_factor_multiplies_the_rate_of_its_parameters() -> None:
+    named = [("a.weight", nn.Parameter(torch.ones(2, 2))), ("b.weight", nn.Parameter(torch.ones(2, 2)))]
+    groups = param_groups(
+        named, weight_decay=0.0, layers=2, layer_decay=0.5, factor=lambda name: 3.0 if "b" in name else 1.0
+    )
+    assert {group["names"][0]: group["lr_scale"] for group in groups} == {"a.weight": 0.5, "b.weight": 1.5}
+
+
+def stepped(make: Any, steps: int = 4, weight_decay: float = 0.0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Step a matrix and a vector by given gradients at rates 0.1, 0.2, ...; gives where they end, and the gradients."""
+    rng = torch.Generator().manual_seed(0)
+    matrix, vector = (nn.Parameter(torch.randn(shape, generator=rng)) for shape in ((3, 4), (4,)))
+    groups = param_groups([("m", matrix), ("v", vector)], weight_decay=weight_decay)
+    player = Player(make(groups), lambda step: 0.1 * (step + 1))
+    gradients = [torch.randn(16, generator=rng) for _ in range(steps)]
+    for step, gradient in enumerate(gradients):
+        matrix.grad, vector.grad = gradient[:12].reshape(3, 4).clone(), gradient[12:].clone()
+        player.step(step)
+    return [matrix.detach(), vector.detach()], gradients
+
+
+@pytest.mark.parametrize("trust", [0.001, 0.02])
+def test_lars_is_that_of_maes_linear_probe(trust: float) -> None:
+    ended, gradients = stepped(lambda groups: lars(groups, momentum=0.9, trust=trust))
+    rng = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=rng) for shape in ((3, 4), (4,))]
+    momenta = [torch.zeros_like(weight) for weight in weights]
+    for step, gradient in enumerate(gradients):
+        for at, part in enumerate((gradient[:12].reshape(3, 4), gradient[12:])):
+            if weights[at].ndim > 1:
+                part = part * trust * weights[at].norm() / part.norm()
+            momenta[at] = 0.9 * momenta[at] + part
+            weights[at] = weights[at] - 0.1 * (step + 1) * momenta[at]
+    for ours, wanted in zip(ended, weights, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+def test_sgd_is_heavy_ball_momentum_and_decays_matrices_only() -> None:
+    ended, gradients = stepped(lambda groups: sgd(groups, momentum=0.5), weight_decay=0.1)
+    rng = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=rng) for shape in ((3, 4), (4,))]
+    momenta: list[Any] = [0.0, 0.0]
+    for step, gradient in enumerate(gradients):
+        for at, part in enumerate((gradient[:12].reshape(3, 4) + 0.1 * weights[0], gradient[12:])):
+            momenta[at] = 0.5 * momenta[at] + part
+            weights[at] = weights[at] - 0.1 * (step + 1) * momenta[at]
+    for ours, wanted in zip(ended, weights, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_every_optimiser_goes_on_from_its_state(name: str) -> None:
+    def play(player: Player, weight: nn.Parameter, steps: range) -> None:
+        for step in steps:
+            weight.grad = torch.full_like(weight, 1.0 + step) * weight.detach().sign()
+            player.step(step)
+
+    def made() -> tuple[Player, nn.Parameter, nn.Module]:
+        model = nn.Linear(3, 2, bias=False)
+        nn.init.ones_(model.weight)
+        average = Average(model, 0.5)
+        average.begin()
+        groups = param_groups(model.named_parameters(), weight_decay=0.1)
+        return Player(OPTIMISERS[name](groups), lambda step: 0.1, None, average), model.weight, model
+
+    whole, weight, _ = made()
+    play(whole, weight, range(5))
+    first, begun, _ = made()
+    play(first, begun, range(3))
+    second, resumed, model = made()
+    with torch.no_grad():
+        resumed.copy_(begun)
+    second.load_state_dict(first.state_dict())
+    play(second, resumed, range(3, 5))
+    assert torch.equal(weight, resumed)
+    assert whole.average is not None
+    assert second.average is not None
+    assert torch.equal(whole.average.values["weight"], second.average.values["weight"])
+    second.average.wear()
+    assert torch.equal(model.weight, whole.average.values["weight"])
+
+
+def test_an_average_moves_by_its_closed_form_and_is_worn_for_a_while() -> None:
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1), nn.Linear(1, 1))
+    model[2].requires_grad_(False)
+    average = Average(model, 0.3)
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    average.begin()
+    # Trained parameters and running moments, but no frozen parameter and no count.
+    assert set(average.values) == {"0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var"}
+    wanted = 1.0
+    for step in range(6):
+        with torch.no_grad():
+            model[0].weight.fill_(2.0 + step)
+            model[1].running_mean.fill_(step)
+        average.update(step)
+        share = min(0.3, (1 + step) / (10 + step))
+        wanted = share * wanted + (1 - share) * (2.0 + step)
+        assert average.values["0.weight"].item() == pytest.approx(wanted)
+    with average.worn():
+        assert model[0].weight.item() == pytest.approx(wanted)
+    assert model[0].weight.item() == 7.0
+    assert average.values["0.weight"].item() == pytest.approx(wanted)
+    average.wear()
+    assert model[0].weight.item() == pytest.approx(wanted)
+
+
+TUNE = {"batch": 8, "epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"optimiser": "larz"}, r"optim\.optimiser\.name: 'larz' is not one of .*did you mean 'lars'"),
+        ({"optimiser": {"name": "lars", "trust": 0.0}}, r"optim\.optimiser\.trust: found 0\.0"),
+        (
+            {"optimiser": "sgd", "betas": [0.5, 0.9]},
+            r"found betas \[0\.5, 0\.9\] with the optimiser sgd; they are adamw's",
+        ),
+        ({"ema": 1.0}, r"optim\.ema: found 1\.0; must be less than 1"),
+    ],
+)
+def test_faults_of_an_optimiser_are_told(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        check(FineTune, {**TUNE, **fields}, "optim")
+    row = check(FineTune, {**TUNE, "optimiser": "lars"}, "optim")
+    assert check(FineTune, row.model_dump(mode="json"), "optim") == row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,23 @@ from mim_core.tasks import TASKS
 from mim_core.tasks.task import Facts, sight, tuned
 from mim_core.train import Scalars
 
+Colours = tuple[tuple[float, ...], tuple[float, ...]]
 EVALUATIONS = 4
 WEIGHTS, PICTURE = "model.safetensors", "predictions.png"
 
 
 @dataclass(frozen=True)
 class Begin:
-    """The encoder that a file holds: its piece, its weights and the (height, width) in px that they were trained at."""
+    """The encoder that a file holds: its piece, its weights and the (height, width) in px that they were trained at.
+
+    `colours`: mean and deviation of each channel that its images were normalised by; they stay its own, as in the
+    papers, whatever it is judged on.
+    """
 
     encoder: Piece
     weights: dict[str, Tensor]
     size: tuple[int, int] | None
+    colours: Colours | None
 
 
 def downstream(
@@ -53,7 +59,11 @@ def downstream(
     encoder = build(ENCODERS, piece, sees, pack.channels)
     if begun:
         encoder.load_state_dict(adapt(begun.weights, encoder, begun.size))
-    task = build(TASKS, row.task, encoder, Facts.of(pack), compute)
+    facts = Facts.of(pack)
+    if begun and begun.colours:
+        mean, std = begun.colours
+        facts = replace(facts, mean=mean, std=std)
+    task = build(TASKS, row.task, encoder, facts, compute)
     model = task.model
     compute.prepare(model)
     images = pack.split("train")
@@ -95,7 +105,7 @@ def downstream(
     if test:
         head = {**about(piece, pack), "sees": sees, "task": row.task.model_dump(mode="json"), "classes": pack.classes}
         head |= {"segments": pack.meta.get("segments", []), "annotations": pack.meta["annotations"]}
-        head |= {"precision": row.precision}
+        head |= {"precision": row.precision, "mean": facts.mean, "std": facts.std}
         checkpoint.write_weights(folder / WEIGHTS, model.state_dict(), head)
         found |= judge("test")
         task.draw(pack.split("test"), folder / PICTURE)
@@ -112,7 +122,8 @@ def begin(file: Path) -> Begin:
         if "encoder" in said:
             piece = check(EncoderOf, {"encoder": said["encoder"]}, str(file)).encoder
             inner = {name.removeprefix("encoder."): one for name, one in weights.items() if name.startswith("encoder.")}
-            return Begin(piece, inner or weights, tuple(said.get("sees", said["size"])))
+            colours = tuple(said["mean"]), tuple(said["std"])
+            return Begin(piece, inner or weights, tuple(said.get("sees", said["size"])), colours)
     name = str(file)
     if name.startswith(published.PREFIX):
         found = published.from_timm(name.removeprefix(published.PREFIX))
@@ -120,4 +131,4 @@ def begin(file: Path) -> Begin:
         found = published.convert(published.read_state(file))
     if found.pieces.encoder is None:
         raise ValueError(f"{file}: found {found.family}; it has no encoder; a task begins from an encoder")
-    return Begin(found.pieces.encoder, dict(found.weights["encoder"]), found.size)
+    return Begin(found.pieces.encoder, dict(found.weights["encoder"]), found.size, found.colours)

@@ -18,12 +18,13 @@ def from_timm(name: str) -> Imported:
     the network, or the architecture is none of ours.
     """
     where = f"init: '{PREFIX}{name}'"
-    known = timm.list_models(pretrained=True)
+    architecture = name.partition(".")[0]
     if not timm.is_model(name):
-        raise ValueError(f"{where}: timm {timm.__version__} has no such model{nearest(name, known)}")
+        raise ValueError(
+            f"{where}: timm {timm.__version__} has no such model{nearest(architecture, timm.list_models())}"
+        )
     if not timm.is_model_pretrained(name):
-        architecture = name.partition(".")[0]
-        own = [one for one in known if one.startswith(architecture)]
+        own = timm.list_models(f"{architecture}.*", pretrained=True)
         raise ValueError(
             f"{where}: timm {timm.__version__} has no pretrained weights of it; "
             f"{f'choose one of {own[:6]}' if own else 'name another model'}"

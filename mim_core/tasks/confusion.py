@@ -19,7 +19,7 @@ MISTAKES, ACROSS = 24, 6
 """Mistakes that are drawn at most, and in a row."""
 SHOWN = 16
 """Classes that are drawn at most."""
-TILE, CELL, NAME, TOP = 96, 30, 96, 64
+TILE, CELL, NAME, TOP = 96, 30, 120, 64
 """Px: about a mistake's width, a matrix cell's side, a class name's length at most, above the panels."""
 BLUE = (33, 84, 148)
 
@@ -50,9 +50,9 @@ def draw_classes(
     ]
     matrix = classes.confusion(taken, labels, len(names))
     caption = f"{1 - len(worst) / len(labels):.1%} of {len(labels):,} images are right"
-    title = "Share of each class's images, %, by the class that they are taken for"
+    title = "Of each class's images, % taken for each class"
     if len(names) > SHOWN:
-        title = f"The {SHOWN} of {len(names):,} classes that are confused most: share of their images, %"
+        title = f"The {SHOWN} of {len(names):,} classes that are confused most: % taken for each (-: no image)"
     draw(split, mistakes, _matrix_panel(matrix, names), caption, title, path)
 
 
@@ -86,7 +86,8 @@ def draw(split: Split, mistakes: Sequence[Mistake], panel: Image.Image, caption:
     images = [split.tensor(one.index) / 255 for one in mistakes]
     cell = Cell.of(images[0][None], TILE) if images else Cell(0, TILE)
     wide = max(cell.width, TILE)
-    rows, left = -(-len(images) // ACROSS), panel.width + 40
+    titled = round(ImageFont.load_default(12).getlength(title))
+    rows, left = -(-len(images) // ACROSS), max(panel.width, titled) + 40
     height = TOP + max(panel.height, rows * (cell.height + 36))
     sheet = Sheet(left + ACROSS * (wide + 2 * GAP) + 10, height, caption, fit=True)
     sheet.say(title, 10, 38)
