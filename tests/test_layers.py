@@ -23,7 +23,7 @@ LEVELS = (
     ("adversarial", "fit_target", "tasks"),
     ("pretext",),
     ("params", "published"),
-    ("jobs",),
+    ("inference", "jobs"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ORCHESTRATORS = ("prefect", "mlflow", "dvc", "optuna", "flows")

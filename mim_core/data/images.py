@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +15,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What content is taken for, whatever its name: of other formats Pillow would run a program on it (EPS)."""
 Channels = Literal["rgb", "grey", "all"]
 """What a pack's images hold: three colours, one grey (ITU-R 601 luma), or each channel that the files have."""
 Planes = UInt8[np.ndarray, "c H W"]
@@ -38,10 +42,27 @@ def decode(path: Path, channels: Channels = "rgb", frame: tuple[int, int] | None
     check_file(path)
     if path.suffix.lower() not in EXTENSIONS:
         raise RefusedError(f"'{path.suffix}' is not one of the image extensions {sorted(EXTENSIONS)}")
-    try:
+    with _refusing():
         if path.suffix.lower() == ".npy":
             return _choose(_read_array(path, frame), channels)
         return _read_picture(path, channels, frame)
+
+
+def decode_bytes(content: bytes, channels: Channels = "rgb") -> Planes:
+    """Decode what is in a file of a picture (not of an array), turned as its EXIF says: see `decode`.
+
+    Raises RefusedError.
+    """
+    if not content:
+        raise RefusedError("the file is empty")
+    with _refusing():
+        return _read_picture(io.BytesIO(content), channels, None)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
     except RefusedError:
         raise
     except PermissionError as error:
@@ -103,7 +124,7 @@ def _read_picture(path: Path | io.BytesIO, channels: Channels, frame: tuple[int,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # damage in EXIF or tags, beside the pixels
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             pages = getattr(opened, "n_frames", 1) if opened.format == "TIFF" else 1
             if pages == 1:
                 return _planes(_oriented(opened, frame), channels)
@@ -196,22 +217,3 @@ def _eight_bits(pixels: np.ndarray) -> np.ndarray:
         found = f"pixels from {pixels.min():g} to {pixels.max():g}"
         raise RefusedError(f"{found} are not within 0 and {white:g}; save it with 8 or 16 bits a channel")
     return np.asarray((pixels * (255 / white)).round().astype(np.uint8))
-
-
-def decode_bytes(content: bytes, channels: Channels = "rgb") -> Planes:
-    """Decode what is in a file of a picture, not of an array, turned as its EXIF says: see `decode`.
-
-    Raises RefusedError.
-    """
-    if not content:
-        raise RefusedError("the file is empty")
-    try:
-        return _read_picture(io.BytesIO(content), channels, None)
-    except RefusedError:
-        raise
-    except UnidentifiedImageError:
-        raise RefusedError("the content is no image of a known format") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise RefusedError(_too_large()) from None
-    except Exception as error:  # see above
-        raise RefusedError(f"the image cannot be decoded ({error})") from None
