@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from core_pieces import AUGMENT, ENCODER, OPTIM, TUNE, pretrain_row
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ from mim_core.encoders import ENCODERS
 from mim_core.files import read_curve
 from mim_core.jobs import downstream, pretrain
 from mim_core.jobs.run import Run
-from mim_core.params import DownstreamRow
+from mim_core.params import DownstreamRow, load
 from mim_core.spec import SpecError, build, check
 from mim_core.tasks import TASKS
 from mim_core.tasks.segment import sheet
@@ -297,6 +298,32 @@ def test_a_row_s_fault_is_told_with_its_path(task: Any, message: str) -> None:
     with pytest.raises(SpecError) as error:
         row(task=task)
     assert str(error.value).startswith(f"row.task.{message}")
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ([8, 12], ""),
+        ([8, 10], "baselines.one.encoder: image width: found 10 px; it must be a multiple of the encoder's patch_px 4"),
+        ([20, 12], "baselines.one.task.window_px: found [20, 12]; images are [16, 24] px"),
+    ],
+)
+def test_a_row_s_encoder_is_checked_at_the_size_of_its_windows(tmp_path: Path, window: list[int], message: str) -> None:
+    one = {**SEGMENT, "task": {"name": "segment", "head": "linear", "window_px": window}}
+    files: dict[str, Any] = {
+        "data": {"data": {"shapes": {"source": {"name": "scenes", "size_px": list(SIZE)}}}},
+        "targets": {"targets": {}},
+        "pretrain": {"pretrain_fitted": {}, "pretrain": {}},
+        "downstream": {"baselines": {"one": one}, "supervised": {}, "downstream": {}, "continued": {}},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    if not message:
+        assert load(tmp_path).judged()["one"].task.params()["window_px"] == (8, 12)
+        return
+    with pytest.raises(SpecError) as error:
+        load(tmp_path)
+    assert message in str(error.value)
 
 
 def test_metrics_are_those_of_the_split_as_a_whole(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
