@@ -68,11 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     restore = data.add_parser("restore", help="fill data/ on a fresh clone and verify it against data.dvc")
     restore.set_defaults(command=_restore)
-    new = data.add_parser("add", help="bring in a folder of images: flat, or one sub-folder a class")
-    new.add_argument("folder", type=Path, metavar="FOLDER")
+    new = data.add_parser("add", help="bring in images: a folder, flat or by class, or a published format")
+    new.add_argument("folder", type=Path, metavar="FOLDER_OR_ARCHIVE", help="a folder, or a .zip, .tar or .tar.gz")
     new.add_argument("--name", required=True, help="the dataset's name in params/ and data/")
     new.add_argument(
         "--size", type=_size, metavar="H[xW]", help="size in px that images get; guessed from them if left out"
+    )
+    new.add_argument(
+        "--format",
+        metavar="FORMAT",
+        help="folder, csv, coco, voc, ade20k, inaturalist, cifar10, cifar100 or stl10; seen from the files if left out",
     )
     new.add_argument("--replace", action="store_true", help="replace the dataset of this name")
     new.set_defaults(command=_add)
@@ -173,7 +178,7 @@ def _restore(_: argparse.Namespace) -> None:
 def _add(parsed: argparse.Namespace) -> None:
     from flows import data
 
-    data.add(parsed.folder, parsed.name, parsed.size, replace=parsed.replace)
+    data.add(parsed.folder, parsed.name, parsed.size, form=parsed.format, replace=parsed.replace)
 
 
 if __name__ == "__main__":
