@@ -47,7 +47,8 @@ class RandAugment(Strict):
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """Augment one uint8 image [c, H, W] of 1 or 3 channels."""
         with seeded(rng):
-            return TF.pil_to_tensor(_rand_augment(self, min(image.shape[-2:]))(TF.to_pil_image(image)))
+            changed: Tensor = TF.pil_to_tensor(_rand_augment(self, min(image.shape[-2:]))(TF.to_pil_image(image)))
+            return changed
 
 
 @functools.cache

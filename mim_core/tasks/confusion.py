@@ -118,11 +118,12 @@ def most_confused(matrix: Int[np.ndarray, "k k"], count: int) -> np.ndarray:
 
 def _shares(matrix: Int[np.ndarray, "k k"]) -> Float[np.ndarray, "k k"]:
     """Row by row; a class without images has a row of zeros."""
-    return matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    shares: np.ndarray = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    return shares
 
 
 def _matrix_panel(matrix: Int[np.ndarray, "k k"], names: Sequence[str]) -> Image.Image:
-    shown = most_confused(matrix, SHOWN) if len(names) > SHOWN else np.arange(len(names))
+    shown: list[int] = most_confused(matrix, SHOWN).tolist() if len(names) > SHOWN else list(range(len(names)))
     shares, counts, font = _shares(matrix), matrix.sum(1), ImageFont.load_default(12)
     said = [_cut(names[at], NAME, font) for at in shown]
     aside = 8 + round(max(font.getlength(text) for text in said))

@@ -62,7 +62,8 @@ def taps(encoder: Any, blocks: Sequence[int], poolings: Sequence[Pooling]) -> li
                 f"blocks: found {block}; the encoder's are 1 to {depth}, or -{depth} to -1 from the end; choose of them"
             )
         found.append(counted)
-    for name, several in (("blocks", found), ("pooling", list(poolings))):
+    both: tuple[tuple[str, list[Any]], ...] = (("blocks", found), ("pooling", list(poolings)))
+    for name, several in both:
         twice = [one for one in several if several.count(one) > 1]
         if twice:
             raise ValueError(f"{name}: found {twice[0]} twice; each is tried once; delete one")
@@ -79,11 +80,13 @@ def taps(encoder: Any, blocks: Sequence[int], poolings: Sequence[Pooling]) -> li
 class Frozen(nn.Module):
     """An encoder that never trains: its parameters take no gradient and it stays in evaluation mode."""
 
+    chosen: Tensor
+    """Which tap (of a probe, which head) is best on validation images: kept with the weights."""
+
     def __init__(self, encoder: Any, taps: Sequence[Tap]) -> None:
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.taps = tuple(taps)
-        # Which tap (of a probe, which head) is best on validation images: kept with the weights.
         self.register_buffer("chosen", torch.zeros((), dtype=torch.long))
 
     def train(self, mode: bool = True) -> Frozen:
@@ -95,10 +98,11 @@ class Frozen(nn.Module):
     def features(self, images: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b d"]]:
         """Give each tap's features of normalised images, in fp32; the last block's are after the final norm."""
         blocks = self.encoder.blocks(images)
-        return [_pooled(*blocks[tap.block - 1], tap.pooling) for tap in self.taps]
+        return [_pooled(blocks[tap.block - 1], tap.pooling) for tap in self.taps]
 
 
-def _pooled(features: Float[Tensor, "b n d"], summary: Float[Tensor, "b p d"], pooling: Pooling) -> Tensor:
+def _pooled(given: tuple[Float[Tensor, "b n d"], Float[Tensor, "b p d"]], pooling: Pooling) -> Tensor:
+    features, summary = given
     mean = features.float().mean(1)
     if pooling == "mean":
         return mean

@@ -71,7 +71,7 @@ def vote(
 ) -> Float[Tensor, "b k"]:
     """Sum the votes of the k nearest of a bank of unit vectors (all where there are fewer) by class, of `count`."""
     votes = []
-    for some in F.normalize(features, dim=1).split(CHUNK):
+    for some in torch.split(F.normalize(features, dim=1), CHUNK):
         near, at = (some @ bank.T).topk(min(k, len(bank)))
         # Less the nearest's: votes count by their ratio, and exp() of a small temperature's would overflow.
         weights = ((near - near[:, :1]) / temperature).exp()

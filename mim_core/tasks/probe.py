@@ -150,8 +150,10 @@ class Probe:
 
     def losses(self, batch: Featured | Labelled, step: int) -> Iterator[tuple[str, Tensor]]:
         device = self.compute.device
-        known = isinstance(batch, Featured)
-        features = [one.to(device) for one in batch.features] if known else self.reader.of(batch.images)
+        if isinstance(batch, Featured):
+            features = [one.to(device) for one in batch.features]
+        else:
+            features = self.reader.of(batch.images)
         labels = batch.labels.to(device)
         yield "model", torch.stack([self.answer.loss(one, labels) for one in self.model.scores(features)]).sum()
 
