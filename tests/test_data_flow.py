@@ -22,6 +22,7 @@ from torchvision.datasets import CIFAR10
 pytest.importorskip("dvc")
 
 from flows import data, pins, workspace
+from flows.cli import main
 from flows.workspace import UserError
 from mim_core.data.pack import Source
 from mim_core.data.sources import SOURCES
@@ -528,3 +529,13 @@ def test_a_replaced_dataset_is_read_as_its_row_says(project: Path, tmp_path: Pat
     assert [entry["file"] for entry in result["quarantined"]] == ["JPEGImages/2007_000001.jpg"]
     assert "with boxes, instances, presence, semantic" in said[-1]
     assert "lists: segmentation, fit: contain" in path.read_text()
+
+
+def test_add_by_the_command(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = coco_tree(tmp_path / "coco")
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "add", str(root), "--name", "things", "--format", "coco", "--size", "64x48"])
+    assert ended.value.code == 0
+    assert "data/things: 5 images, 2 classes, with boxes, instances, 0 files refused; read as 64 x 48 px" in (
+        capsys.readouterr().out
+    )
