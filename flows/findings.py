@@ -87,9 +87,11 @@ def caveats(published: Published) -> Iterator[str]:
     alone = [arm.row for arm in arms if arm.init != SCRATCH and not arm.baseline]
     if alone:
         yield f"Not compared, as no baseline has their encoder, task, data and labels: {', '.join(alone)}."
+    ends = {end: [arm.row for arm in arms if edge(arm) == end] for end in ("lowest", "highest")}
+    for end, named in ends.items():
+        if named:
+            yield f"The chosen learning rate is the {end} tried, and a wider grid may do better: {', '.join(named)}."
     for arm in arms:
-        if end := edge(arm):
-            yield f"{arm.row}: the chosen learning rate, {arm.lr:g}, is the {end} tried; a wider grid may do better."
         if arm.difference and arm.difference.count < arm.score.count:
             yield f"{arm.row}: only {arm.difference.count} of its seeds are also its baseline's."
     compared = sum(arm.difference is not None for arm in arms)

@@ -181,7 +181,7 @@ def test_what_a_reader_has_to_know_is_said(published: Published, tmp_path: Path)
         "Made by other code than the code that lies here now: pretrain simmim.",
         "Made with uncommitted changes to code or rows: downstream scratch.",
         "scenes: runs and pack are of 2 versions of it",
-        "scratch: the chosen learning rate, 0.002, is the highest tried",
+        "The chosen learning rate is the highest tried, and a wider grid may do better: scratch.",
         "simmim_ft: only 2 of its seeds are also its baseline's.",
     ):
         assert words in text
