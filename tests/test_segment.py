@@ -344,6 +344,16 @@ def test_metrics_are_those_of_the_split_as_a_whole(pack: Pack, monkeypatch: pyte
     assert found["miou"] == pytest.approx(scores.mean())
 
 
+def test_a_prediction_is_the_best_class_of_each_pixel(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment, images = task(pack), torch.from_numpy(np.array(pack.split("test").images[:5]))
+    segment.model.eval()
+    monkeypatch.setattr("mim_core.tasks.segment.segment.AT_ONCE", 2 * 4 * SIZE[0] * SIZE[1])
+    with torch.no_grad():
+        found = np.stack([one["map"] for one in segment.predict(images)])
+        np.testing.assert_array_equal(found, segment.logits(images).argmax(1))
+    assert found.dtype == np.uint8
+
+
 def test_a_split_with_nothing_judged_is_refused(tmp_path: Path) -> None:
     def samples(split: str) -> Iterator[Sample]:
         for _ in range(COUNTS[split]):
