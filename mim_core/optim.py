@@ -17,8 +17,6 @@ from pydantic import Field
 from timm.optim.lars import Lars
 from torch import Tensor, nn
 
-from mim_core.spec import Table
-
 
 def cosine(
     step: int,
@@ -65,7 +63,36 @@ def constant(step: int, total: int, peak: float, warmup: int = 0, floor: float =
     return start + (peak - start) * step / warmup if step < warmup else peak
 
 
-SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "multistep": multistep, "constant": constant}
+def polynomial(
+    step: int,
+    total: int,
+    peak: float,
+    warmup: int = 0,
+    floor: float = 0.0,
+    start: float = 0.0,
+    *,
+    power: Annotated[float, Field(gt=0)] = 1.0,
+    after_warmup: bool = False,
+) -> float:
+    """Linear warm-up, then what is left of the run to the `power` down to `floor`: a straight line by default.
+
+    As for the cosine, the fall begins with the run, or with `after_warmup` where the warm-up ends (segmentation in
+    BEiT's code).
+    """
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    begun = warmup if after_warmup else 0
+    share = (min(step, total) - begun) / max(1, total - begun)
+    left: float = (1 - share) ** power
+    return floor + (peak - floor) * left
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "cosine": cosine,
+    "multistep": multistep,
+    "polynomial": polynomial,
+    "constant": constant,
+}
 
 
 def param_groups(
@@ -218,4 +245,4 @@ def lars(
     return optimiser
 
 
-OPTIMISERS: Table = {"adamw": adamw, "sgd": sgd, "lars": lars}
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "sgd": sgd, "lars": lars}
