@@ -77,7 +77,7 @@ def family(published: Published) -> Family:
 
 def _scratch(published: Published, groups: Sequence[Sequence[Arm]]) -> list[Line]:
     """A line an encoder that was trained from scratch, whatever the number of rows that did it."""
-    encoders: list[tuple[dict[str, Any], list[Arm]]] = []
+    encoders: list[tuple[Mapping[str, Any], list[Arm]]] = []
     for arm in published.arms:
         if arm.init == SCRATCH:
             piece = arm.encoder

@@ -265,7 +265,9 @@ def needs(params: Params) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, row in params.judged().items():
         piece, (height, width) = _encoder(row, params), params.data[row.data].source.params()["size_px"]
-        judge = _task(row, tuned(piece, row.drop_path, row.window), (height, width)) if piece else TASKS[row.task.name]
+        judge: Any = TASKS[row.task.name]
+        if piece:
+            judge = _task(row, tuned(piece, row.drop_path, row.window), (height, width))
         found[name] = list(judge.needs)
     return found
 
