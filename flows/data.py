@@ -115,7 +115,7 @@ def add(
         say(f"{source}: reading every file once")
         read, listed = _read(source, at, name, row, spoiled, say)
         if size is None and name not in rows:
-            size = _fitting(read, form)
+            size = _fitting(read, at, form)
         if size is not None:
             row["source"]["size_px"][:] = size
         rows[name] = row
@@ -246,7 +246,7 @@ def _read(source: Path, at: Path, name: str, row: Any, spoiled: list[dict[str, s
     return read, _list_refused(name, [*spoiled, *read.quarantined], say)
 
 
-def _fitting(read: Source, form: str) -> tuple[int, int] | None:
+def _fitting(read: Source, at: Path, form: str) -> tuple[int, int] | None:
     """A square that fits the images: the median of their shorter sides, by 16, from 32 to 224 px; None keeps the row's.
 
     Published datasets come with the size that is usual for them.
@@ -255,10 +255,9 @@ def _fitting(read: Source, form: str) -> tuple[int, int] | None:
 
     if form not in ("folder", "csv"):
         return None
-    sides = []
-    for path in read.files:
-        with contextlib.suppress(OSError, ValueError):  # a broken one
-            sides += [short_side(path)] if path.suffix.lower() in EXTENSIONS else []
+    refused = {entry["file"] for entry in read.quarantined}
+    good = [path for path in read.files if path.relative_to(at).as_posix() not in refused]
+    sides = [short_side(path) for path in good if path.suffix.lower() in EXTENSIONS]
     return (min(max(int(statistics.median(sides) // 16 * 16), 32), 224),) * 2
 
 

@@ -42,7 +42,10 @@ from mim_core.data.fit import place
 from mim_core.data.images import decode
 from mim_core.data.inaturalist import inaturalist
 from mim_core.data.pack import CROWD, DIFFICULT, Pack, semantic_map
+from mim_core.data.sources import SOURCES
 from mim_core.data.voc import CLASSES, voc
+from mim_core.params import DataRow
+from mim_core.spec import SpecError, check
 
 FITS = ("cover", "contain", "stretch")
 
@@ -425,6 +428,32 @@ def test_csv_without_splits_and_with_one_column_of_labels(tmp_path: Path) -> Non
     again = csv_table(root, size_px=(8, 8), table="list.csv", validation=0.2, test=0.2)
     for split in source.counts:
         assert [s.origin for s in source.samples(split)] == [s.origin for s in again.samples(split)]
+
+
+# Rows
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"scenes"}))
+def test_rows_of_each_source(name: str) -> None:
+    """A row says how images are fitted and which channels they have; anything else is refused by name."""
+    row = {"name": name, "size_px": [20, 30], "fit": "contain", "channels": "grey", "validation": 0.2}
+    source = check(DataRow, {"source": row}, "data.mine").source
+    assert row.items() <= {**source.params(), "name": name, "size_px": list(source.params()["size_px"])}.items()
+    for key, value, said in [
+        ("fit", "fill", r"data.mine.source.fit: found 'fill'; must be 'cover', 'contain' or 'stretch'"),
+        ("channels", 3, r"data.mine.source.channels: found 3; must be 'rgb', 'grey' or 'all'"),
+        ("validation", 1.0, r"data.mine.source.validation: found 1.0; must be less than 1"),
+        ("sise_px", 32, r"data.mine.source.sise_px: unknown key; .*; did you mean 'size_px'\?"),
+    ]:
+        with pytest.raises(SpecError, match=said):
+            check(DataRow, {"source": {**row, key: value}}, "data.mine")
+
+
+def test_a_row_of_voc_names_its_classes() -> None:
+    row = {"name": "voc", "classes": ["cat", "dog"], "lists": "segmentation"}
+    assert check(DataRow, {"source": row}, "data.mine").source.params()["classes"] == ("cat", "dog")
+    with pytest.raises(SpecError, match=r"data.mine.source.classes.1: found 2; must be a valid string"):
+        check(DataRow, {"source": {**row, "classes": ["cat", 2]}}, "data.mine")
 
 
 # CIFAR and STL-10, whose MD5s torchvision knows: here its tables have those of the small batches.

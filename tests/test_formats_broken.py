@@ -111,6 +111,18 @@ def test_a_broken_image_is_listed_and_the_rest_goes_on(tmp_path: Path, format_na
         check(read(root, **EVEN), given, {name: reason})
 
 
+def test_links_are_followed_but_lead_nowhere_else(tmp_path: Path) -> None:
+    """Large sets are often linked to; a link to a folder above gives no second name to what lies there."""
+    root = coco_tree(tmp_path / "data")
+    (root / "train2017").rename(tmp_path / "elsewhere")
+    (root / "train2017").symlink_to(tmp_path / "elsewhere")
+    check(coco(root, **EVEN), 5, {})
+    (root / "train2017").unlink()
+    (root / "train2017").symlink_to(".")
+    names = [f"train2017/{number:012}.png" for number in (11, 12, 13, 14)]
+    check(coco(root, **EVEN), 5, dict.fromkeys(names, "cannot be reached (No such file"))
+
+
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_nothing_good_is_no_dataset(tmp_path: Path, format_name: str) -> None:
     tree, read, given, _ = FORMATS[format_name]
@@ -240,10 +252,6 @@ def twice(content: Any) -> Any:
     return {**content, "categories": content["categories"] * 2}
 
 
-def renamed(content: Any) -> Any:
-    return {**content, "categories": [{"id": n, "name": "dog"} for n in (3, 7)]}
-
-
 COCO_UNUSABLE: dict[str, tuple[str, str]] = {
     "nothing": ("", r"line 1 column 1: Expecting value; it must be JSON"),
     "cut short": (json.dumps(coco_content())[:500], r"line 1 column \d+: .*; it must be JSON; write the file again"),
@@ -252,8 +260,7 @@ COCO_UNUSABLE: dict[str, tuple[str, str]] = {
     "images by name": ('{"images": {}, "annotations": [], "categories": []}', r"found {}; .* a list under 'images'"),
     "deep": ("[" * 100_000, r"must be JSON of lists and objects"),
     "a long number": ("[" + "9" * 5000 + "]", r"must be JSON of lists and objects"),
-    "category twice": (json.dumps(twice(coco_content())), r"categories\[2\]: found id 7, name 'dog'; another category"),
-    "category's name twice": (json.dumps(renamed(coco_content())), r"categories\[1\]: found id 7, name 'dog'; another"),
+    "category twice": (json.dumps(twice(coco_content())), r"categories\[2\]: found the id 7; another category has it"),
     "category without name": (
         json.dumps({**coco_content(), "categories": [{"id": 3}]}),
         r"categories\[0\]: 'name' is missing",
@@ -272,6 +279,12 @@ def test_unusable_json(tmp_path: Path, case: str) -> None:
     (root / "train2018.json").write_text(text)
     with pytest.raises(ValueError, match=rf"^train2018.json\b.*{said}"):
         inaturalist(root, **EVEN)
+
+
+def test_categories_of_one_name_keep_apart(tmp_path: Path) -> None:
+    content = {**coco_content(), "categories": [{"id": number, "name": "dog"} for number in (7, 3)]}
+    source = coco(coco_tree(tmp_path / "data", {"train2017": content}), **EVEN)
+    assert source.classes == ["dog (3)", "dog (7)"]
 
 
 def test_unusable_coco(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from xml.etree import ElementTree
@@ -81,9 +82,9 @@ def entry(model: type[Model], value: Any) -> Model:
 
 
 def by_number(entries: list[Any], model: type[Model], where: str) -> dict[int, str]:
-    """Names by id of a file's `categories`, each with an `id` and a `name` of its own.
+    """Names by id of a file's `categories`; those that share a name have their id behind it.
 
-    Raises ValueError where one is broken, or shares its id or name: no label could be trusted.
+    Raises ValueError where one is broken, or shares its id: no label could be trusted.
     """
     names: dict[int, str] = {}
     for index, value in enumerate(entries):
@@ -92,11 +93,11 @@ def by_number(entries: list[Any], model: type[Model], where: str) -> dict[int, s
             fields = entry(model, value).model_dump()
         except RefusedError as error:
             raise ValueError(f"{place}: {error}; mend the category") from None
-        if fields["id"] in names or fields["name"] in names.values():
-            found = f"id {fields['id']}, name '{fields['name']}'"
-            raise ValueError(f"{place}: found {found}; another category has one of them; each needs its own")
+        if fields["id"] in names:
+            raise ValueError(f"{place}: found the id {fields['id']}; another category has it; each needs its own")
         names[fields["id"]] = fields["name"]
-    return names
+    often = Counter(names.values())
+    return {number: name if often[name] == 1 else f"{name} ({number})" for number, name in names.items()}
 
 
 def read_xml(path: Path) -> ElementTree.Element:

@@ -107,7 +107,7 @@ def read_values(path: Path) -> UInt8[np.ndarray, "H W"]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if image.mode not in ("L", "P"):
                     raise RefusedError(f"its mode is {image.mode}; it must have one value of 8 bits a pixel")
                 return np.array(image, np.uint8)
