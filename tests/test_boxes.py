@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim_core.metrics.boxes import Found, Truth, coco_ap, encode, voc_ap
+from mim_core.metrics.boxes import Found, Truth, coco_ap, decode, encode, voc_ap
 
 SIZE = (120, 160)
 CLASSES = 3
@@ -240,3 +240,9 @@ def test_voc_s_ap_is_what_its_definition_says(seed: int) -> None:
     seven, ten = literal_voc(all_found, all_truth)
     assert voc_ap(all_found, all_truth, CLASSES) == {"voc07_ap": pytest.approx(seven), "voc10_ap": pytest.approx(ten)}
     assert 0 < seven < 1
+
+
+def test_masks_come_back_from_their_runs() -> None:
+    masks = np.random.default_rng(0).random((3, *SIZE)) < 0.3
+    np.testing.assert_array_equal(decode(encode(masks), SIZE), masks)
+    assert decode(encode(masks[:0]), SIZE).shape == (0, *SIZE)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,7 +64,13 @@ def encode(masks: Bool[np.ndarray, "m H W"]) -> list[Rle]:
 
 def decode(masks: Sequence[Rle], size: tuple[int, int]) -> Bool[np.ndarray, "m H W"]:
     """Undo `encode` for images of `size` (height, width) px."""
-    return rle.decode(list(masks)).transpose(2, 0, 1).astype(bool) if masks else np.zeros((0, *size), bool)
+    if not masks:
+        return np.zeros((0, *size), bool)
+    with warnings.catch_warnings():
+        # pycocotools 2.0.11 converts its arrays as numpy 1 did.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        decoded = rle.decode(list(masks))
+    return decoded.transpose(2, 0, 1).astype(bool)  # type: ignore[no-any-return]
 
 
 def coco_ap(

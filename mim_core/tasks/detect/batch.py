@@ -73,7 +73,7 @@ class BoxedFetch:
         if self.masks:
             numbers = torch.from_numpy(learned + 1)[:, None, None]
             target["masks"] = (beside[1].as_subclass(Tensor) == numbers).to(torch.uint8)
-            stays &= target["masks"].flatten(1).any(1)
+            stays &= target["masks"].flatten(1).amax(1) > 0
         return image, {name: one[stays] for name, one in target.items()}
 
 

@@ -126,7 +126,7 @@ def _branch(width: int, scale: float, out: int) -> nn.Sequential:
         parts += [nn.ConvTranspose2d(width, width // 2, 2, 2)]
         width = width // 2
     elif scale == 0.5:
-        parts += [nn.MaxPool2d(2, 2)]
+        parts += [nn.MaxPool2d(2, 2, ceil_mode=True)]
     parts += [nn.Conv2d(width, out, 1, bias=False), LayerNorm2d(out)]
     parts += [nn.Conv2d(out, out, 3, padding=1, bias=False), LayerNorm2d(out)]
     return nn.Sequential(*parts)

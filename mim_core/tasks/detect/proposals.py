@@ -102,7 +102,7 @@ def _anchors(size: tuple[int, int], maps: int) -> list[float]:
     least = min(shorter, max(8.0, shorter / 25))
     octaves = math.floor(math.log2(shorter / least) + 1e-9)
     count = maps * math.ceil((octaves + 1) / maps)
-    return [float(side) for side in np.geomspace(least, least * 2**octaves, count)]
+    return [least * 2 ** (octaves * at / max(1, count - 1)) for at in range(count)]
 
 
 class Windows(nn.Module):
