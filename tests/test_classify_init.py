@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from core_pieces import TUNE, classify_row, tiny_pack
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mim_core import checkpoint
 from mim_core.encoders import ENCODERS
 from mim_core.encoders.interpolate import adapt
+from mim_core.jobs import downstream
 from mim_core.jobs.downstream import begin
 from mim_core.published import convert, from_timm
 from mim_core.spec import build
@@ -100,6 +103,22 @@ def test_a_fine_tuned_file_gives_its_encoder_and_says_that_its_layer_is_left_out
     assert not any(
         "classification layer" in note for note in convert({k: v for k, v in state.items() if "head" not in k}).notes
     )
+
+
+@pytest.mark.parametrize("task", ["classify", "probe", "knn"])
+def test_a_job_begins_from_a_published_file_in_its_colours_and_hands_its_notes_on(tmp_path: Path, task: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=64, num_heads=1, depth=2, num_classes=7
+    )
+    torch.save(model.state_dict(), tmp_path / "tuned.pth")
+    learns: dict[str, Any] = {"optim": {**TUNE, "epochs": 0.5}} if task != "knn" else {"optim": None, "lr_grid": []}
+    row = classify_row(encoder=None, init="file", task=task, augment=None, drop_path=0.0, **learns)
+    found = downstream(row, tiny_pack(tmp_path / "pack"), tmp_path / "job", 0, 1e-30, tmp_path / "tuned.pth", True)
+    assert [note.split(" (")[0] for note in found["notes"]][-1] == "The classification layer"
+    weights, about = checkpoint.read_weights(tmp_path / "job" / "model.safetensors")
+    assert (about["mean"], about["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert torch.equal(weights["encoder.backbone.blocks.1.attn.qkv.weight"], model.blocks[1].attn.qkv.weight)
 
 
 def test_a_distilled_deit_is_refused_in_words() -> None:

@@ -32,13 +32,14 @@ class Begin:
     """The encoder that a file holds: its piece, its weights and the (height, width) in px that they were trained at.
 
     `colours`: mean and deviation of each channel that its images were normalised by; they stay its own, as in the
-    papers, whatever it is judged on.
+    papers, whatever it is judged on. `notes`: what is to be known of published weights.
     """
 
     encoder: Piece
     weights: dict[str, Tensor]
     size: tuple[int, int] | None
     colours: Colours | None
+    notes: tuple[str, ...] = ()
 
 
 def downstream(
@@ -102,6 +103,8 @@ def downstream(
         run.train(task, task.fetch(images, row.augment, seed), order, lambda step: judge("validation"), EVALUATIONS)
         seen = steps * batch
     found = {**result(folder, seen, model, compute), "metric": task.score, "encoder": piece.model_dump(mode="json")}
+    if begun and begun.notes:
+        found["notes"] = list(begun.notes)
     if test:
         head = {**about(piece, pack), "sees": sees, "task": row.task.model_dump(mode="json"), "classes": pack.classes}
         head |= {"segments": pack.meta.get("segments", []), "annotations": pack.meta["annotations"]}
@@ -131,4 +134,4 @@ def begin(file: Path) -> Begin:
         found = published.convert(published.read_state(file))
     if found.pieces.encoder is None:
         raise ValueError(f"{file}: found {found.family}; it has no encoder; a task begins from an encoder")
-    return Begin(found.pieces.encoder, dict(found.weights["encoder"]), found.size, found.colours)
+    return Begin(found.pieces.encoder, dict(found.weights["encoder"]), found.size, found.colours, found.notes)
