@@ -165,35 +165,33 @@ class Probe:
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Give the chosen head's metrics. On the validation split the best is chosen first, and all scores given."""
-        labelled = self.labelled(split)
-        labels = self.answer.labels(split, labelled)
-        found = [self.answer.metrics(one, labels) for one in self._scores(split)]
+        labels = self.answer.labels(split, self.labelled(split))
         every: dict[str, float] = {}
         if split.folder.name == "validation":
-            scores = [metrics[self.score] for metrics in found]
+            scores = [self.answer.metrics(self._scores(split, at), labels)[self.score] for at in range(len(self.tried))]
             self.model.chosen.fill_(int(np.argmax(scores)))
             if len(scores) > 1:
                 names = [f"{self.score}_{tap}_rate_{rate:g}" for tap, rate in self.tried]
                 every = dict(zip(names, scores, strict=True))
         at = int(self.model.chosen)
         tap, rate = self.tried[at]
-        return {**found[at], **said(tap), "rate": rate, **every}
+        return {**self.answer.metrics(self._scores(split, at), labels), **said(tap), "rate": rate, **every}
 
     def draw(self, split: Split, path: Path) -> None:
         """Draw what is taken for what beside the worst mistakes."""
         draw = draw_classes if isinstance(self.answer, OneClass) else draw_presence
         labelled = self.labelled(split)
-        logits = self._scores(split)[int(self.model.chosen)]
+        logits = self._scores(split, int(self.model.chosen))
         draw(split, labelled, logits, self.answer.labels(split, labelled), self.facts.classes, path)
 
     def predict(self, images: Tensor) -> list[dict[str, Any]]:
         return self.answer.told(self.logits(images), self.facts.classes)
 
     @torch.no_grad()
-    def _scores(self, split: Split) -> list[Tensor]:
-        """Score a split's labelled images by each head: logits [n, k]."""
+    def _scores(self, split: Split, at: int) -> Tensor:
+        """Score a split's labelled images by one head: logits [n, k]."""
         self.model.eval()
-        features = self.reader.read(split, self.labelled(split))
-        found = [one.cpu() for one in self.model.scores([array.to(self.compute.device) for array in features])]
+        features = self.reader.read(split, self.labelled(split))[at // self.model.rates]
+        logits: Tensor = self.model.heads[at](features.to(self.compute.device)).cpu()
         self.model.train()
-        return found
+        return logits
