@@ -180,7 +180,7 @@ def test_the_report_tells_of_the_family(served: Clone) -> None:
     assert "from scratch: vit (32, 2)" in table
     page = (served.folder / "report" / "index.html").read_text()
     assert "<h2>Tokenizers</h2>" in page
-    assert page.count("data:image/png;base64,") == 3 + 2 * 2 + 1
+    assert page.count("data:image/png;base64,") == 3 + 2 * 2 + 1 + 2
 
 
 def test_a_second_demo_does_nothing_but_say_so(served: Clone) -> None:
