@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 from xml.etree.ElementTree import Element
@@ -120,7 +121,7 @@ def _names(root: Path, folder: str, found: Found) -> dict[str, list[str]]:
                 owner[line] = place
                 named[kind].append(line)
     hidden = named.get("test", [])
-    if hidden and not any((root / "Annotations" / f"{name}.xml").exists() for name in hidden):
+    if hidden and not any(os.path.exists(root / "Annotations" / f"{name}.xml") for name in hidden):
         found.refuse(files["test"], f"none of its {len(hidden)} images has an annotation, so it is no test set")
         del named["test"]
     return named
@@ -138,9 +139,8 @@ def _note(root: Path, named: dict[str, list[str]], found: Found) -> None:
 
 
 def _image(root: Path, name: str) -> Path:
-    folder = root / "JPEGImages"
-    endings = (".jpg", *sorted(EXTENSIONS))
-    return next((path for ending in endings if (path := folder / f"{name}{ending}").exists()), folder / f"{name}.jpg")
+    paths = [root / "JPEGImages" / f"{name}{ending}" for ending in (".jpg", *sorted(EXTENSIONS))]
+    return next((path for path in paths if os.path.exists(path)), paths[0])
 
 
 def _read(
