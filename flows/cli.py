@@ -63,6 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     give.add_argument("row", metavar="ROW", help="a pretrain, baseline or downstream row that has run")
     give.add_argument("-o", "--out", type=Path, metavar="OUT", help="folder to write to; exports/ROW if left out")
+    ask = add("predict", _predict, "let a downstream row's model answer of images: classes, maps or boxes")
+    ask.add_argument("row", metavar="ROW", help="a downstream row that has run")
+    ask.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders with all below them, or globs")
+    ask.add_argument("-o", "--out", type=Path, metavar="TABLE", help="a .parquet, .csv or .jsonl file to write")
+    ask.add_argument("--draw", type=Path, metavar="DIR", help="draw maps or boxes over the images, into this folder")
+    turn = add("embed", _embed, "write the mean patch feature of each image, by a row's encoder")
+    turn.add_argument("row", metavar="ROW", help="a pretrain or downstream row that has run")
+    turn.add_argument("images", nargs="+", metavar="FOLDER", help="folders with all below them, files, or globs")
+    turn.add_argument("-o", "--out", type=Path, metavar="TABLE", required=True, help="a .parquet file to write")
+    for one in (ask, turn):
+        one.add_argument("--replace", action="store_true", help="replace the table of this name")
     data = commands.add_parser("data", help="bring datasets in and verify them").add_subparsers(
         metavar="ACTION", required=True
     )
@@ -167,6 +178,22 @@ def _export(parsed: argparse.Namespace) -> None:
     from flows import exchange
 
     print("\n".join(exchange.give(parsed.row, parsed.out)))
+
+
+def _predict(parsed: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from flows.predict import predict
+
+    console = Console()
+    for line in predict(parsed.row, parsed.images, parsed.out, parsed.draw, parsed.replace):
+        console.print(line, markup=False, highlight=False, soft_wrap=isinstance(line, str))
+
+
+def _embed(parsed: argparse.Namespace) -> None:
+    from flows.predict import embed
+
+    print("\n".join(embed(parsed.row, parsed.images, parsed.out, parsed.replace)))
 
 
 def _restore(_: argparse.Namespace) -> None:

@@ -143,10 +143,11 @@ def publish(stage: Stage, record: Any, grid: Sequence[Point], finals: Sequence[P
 def show(
     stage: Stage, record: Any, folder: Path, metrics: Point, grid: Sequence[Point], finals: Sequence[Point]
 ) -> None:
-    """Show the run where people look: MLflow's parent run, Prefect's artifacts."""
+    """Show the run where people look: MLflow's parent run and model registry, Prefect's artifacts."""
     record.metrics(record.parent, metrics)
     for name in ("results.json", "manifest.json", "curve.csv", PICTURE):
         record.file(record.parent, folder / name)
+    record.compete(folder / WEIGHTS, stage.pack, stage.params, finals)
     record.end(record.parent)
     keys = ("lr", "seed", "validation_score", "test_score", "seconds")
     table = [{key: round(point[key], 5) for key in keys if key in point} for point in (*grid[1:], *finals)]

@@ -16,15 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import mlflow
-import numpy as np
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
-from mlflow.models import infer_signature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
-from flows import servers, workspace
+from flows import registry, servers, workspace
 
 EXPERIMENT = "unmask"
 UPLOAD_SECONDS = 5.0
@@ -92,7 +89,29 @@ class Record:
         """Register an encoder: a model that embeds uint8 images, with its own preprocessing and no pickled code."""
         if self.parent:
             parent = self.parent
-            self.attempt(lambda: self._register(parent, name, weights, about))
+            self.attempt(lambda: registry.register_encoder(self.client, parent, name, weights, about))
+
+    def compete(
+        self, weights: Path, pack: Path, params: Mapping[str, Any], finals: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Register the model that a downstream row published, the best of `finals` on validation images, and let it
+        compete to be its comparison's champion. The run's tag `registered` says what came out.
+        """
+        if not self.parent:
+            return
+        parent, best = self.parent, max(finals, key=lambda point: float(point["validation_score"]))
+        told = {key: best[key] for key in ("metric", "test_score", "validation_score", "lr", "seed")}
+        told |= {"task": params["task"]["name"], "init": params["init"], "labels": params["labels"] or "all"}
+        told |= {"data": self.data["name"], "data_md5": self.data["md5"], "row": self.row}
+        told |= {"code": workspace.code_fingerprint(), "git_commit": _commit() or "none"}
+        tags = {key: str(value) for key, value in told.items()}
+
+        def enter() -> None:
+            lock = workspace.home() / "mlflow" / "champion.lock"
+            verdict = registry.register_model(self.client, parent, weights, pack, tags, lock)
+            self.client.set_tag(parent, "registered", verdict)
+
+        self.attempt(enter)
 
     def end(self, run: str | None, status: str = "FINISHED") -> None:
         if run == self.parent and self.monitor:
@@ -111,9 +130,8 @@ class Record:
                 marker.unlink()
         tags = {"mlflow.runName": name, "stage": self.stage, "row": self.row, "data": self.data["name"]}
         tags |= {"data_md5": self.data["md5"], "code": workspace.code_fingerprint()}
-        commit = workspace.git("rev-parse", "HEAD")
-        if commit:
-            tags["mlflow.source.git.commit"] = commit.strip()
+        if commit := _commit():
+            tags["mlflow.source.git.commit"] = commit
         if parent:
             tags["mlflow.parentRunId"] = parent
         run: str = self.client.create_run(_experiment(self.client), tags=tags).info.run_id
@@ -131,28 +149,6 @@ class Record:
     def _watch_system(self, run: str) -> None:
         self.monitor = SystemMetricsMonitor(run, sampling_interval=5, samples_before_logging=2, resume_logging=True)
         self.monitor.start()
-
-    def _register(self, run: str, name: str, weights: Path, about: Mapping[str, Any]) -> None:
-        (height, width), channels = about["size"], about["channels"]
-        example = np.zeros((1, height, width, channels), np.uint8)
-        signature = infer_signature(example, np.zeros((1, _width(about)), np.float32))
-        versions = workspace.versions()
-        requirements = [f"{package}=={versions[package]}" for package in ("torch", "torchvision", "timm", "numpy")]
-        requirements += ["safetensors", "pydantic", "jaxtyping", "scipy", "pillow"]
-        with mlflow.start_run(run_id=run), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow asks for type hints, which it would read as another signature
-            mlflow.pyfunc.log_model(
-                name="encoder",
-                python_model=str(Path(__file__).with_name("served_encoder.py")),
-                artifacts={"weights": str(weights)},
-                code_paths=[str(Path(__file__).parents[1] / "mim_core")],
-                signature=signature,
-                input_example=example,
-                pip_requirements=requirements,
-                registered_model_name=name,
-            )
-        # Leaving the block ended the run; its stage ends it.
-        self.client.update_run(run, status="RUNNING")
 
 
 class Curve:
@@ -206,17 +202,8 @@ def flatten(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
-def _width(about: Mapping[str, Any]) -> int:
-    """Width of the features of the encoder that a file of weights tells of."""
-    import torch
-
-    from mim_core.encoders import ENCODERS
-    from mim_core.params import EncoderOf
-    from mim_core.spec import build, check
-
-    piece = check(EncoderOf, {"encoder": about["encoder"]}, "weights").encoder
-    with torch.device("meta"):  # takes neither memory nor time
-        return int(build(ENCODERS, piece, tuple(about["size"]), about["channels"]).width)
+def _commit() -> str:
+    return (workspace.git("rev-parse", "HEAD") or "").strip()
 
 
 def _experiment(client: MlflowClient) -> str:

@@ -242,7 +242,7 @@ def _encoder(file: Path, said: Answer) -> Any:
 
 def _sees(said: Answer) -> tuple[int, int]:
     """What an encoder sees at once, (height, width) in px: a window, or whole images."""
-    height, width = said.get("sees", said["size"])
+    height, width = said["sees"] if "sees" in said else said["size"]
     return height, width
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from core_pieces import CLASSIFY, classify_row, pretrain_row, tiny_pack
 from PIL import Image
+from shapes import DETECTOR, FCN, NAMES, SIZE, shaped_pack
 
 from mim_core import inference
 from mim_core.checkpoint import read_weights, write_weights
 from mim_core.data.fit import Fit, place
 from mim_core.data.folder import folder
 from mim_core.data.images import RefusedError
-from mim_core.data.pack import NOT_JUDGED, Pack, Sample, Source, Split, open_pack, semantic_map, write
+from mim_core.data.pack import NOT_JUDGED, Pack, Split, open_pack, semantic_map, write
 from mim_core.encoders.vit import ViT
 from mim_core.inference import Read, Reader, as_file, load_encoder, load_model, plain
 from mim_core.jobs import downstream, pretrain
@@ -37,12 +38,6 @@ FRAMES = ((40, 64), (64, 40), (33, 47), (16, 24), (100, 101))
 ORIENTATION = 0x0112
 
 
-SIZE = (32, 48)
-COUNTS = {"train": 32, "validation": 8, "test": 12}
-NAMES = ["red", "blue", "green"]
-COLOURS = np.array([[230, 40, 40], [40, 60, 230], [40, 220, 60]], np.uint8)
-FCN = {"name": "segment", "head": {"name": "fcn", "hidden": 16}}
-DETECTOR = {"name": "faster_rcnn", "width": 32, "cells": 3, "sampled": 16}
 SOLVED: dict[str, dict[str, Any]] = {
     "classify": {"name": "classify"},
     "classify bf16": {"name": "classify"},
@@ -52,7 +47,7 @@ SOLVED: dict[str, dict[str, Any]] = {
     "segment": FCN,
     "segment bf16": FCN,
     "segment windows": {**FCN, "window_px": [16, 24]},
-    "detect": {"name": "detect", "detector": DETECTOR, "neck": {"name": "simple_pyramid", "width": 16}},
+    "detect": DETECTOR,
 }
 """Rows of every task; the second word changes the precision or names a variant."""
 
@@ -65,34 +60,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def shapes() -> Source:
-    """A rectangle or two on noise, in the colour of their class, with every annotation that there is."""
-
-    def samples(split: str) -> Iterator[Sample]:
-        rng = np.random.default_rng(list(COUNTS).index(split))
-        for index in range(COUNTS[split]):
-            image = rng.integers(90, 140, (*SIZE, 3)).astype(np.uint8)
-            instances = np.zeros(SIZE, np.uint8)
-            boxes = []
-            for half, kind in enumerate(rng.permutation(3)[: 1 + index % 2]):
-                height, width = rng.integers(9, 22), rng.integers(9, 22)
-                top, left = rng.integers(0, SIZE[0] - height + 1), 24 * half + rng.integers(0, 25 - width)
-                image[top : top + height, left : left + width] = COLOURS[kind]
-                instances[top : top + height, left : left + width] = half + 1
-                boxes.append((left, top, left + width, top + height, kind))
-            presence = np.isin(np.arange(3), [box[4] for box in boxes]).astype(np.int8)
-            found = np.array(boxes, np.float32)
-            yield Sample(image.transpose(2, 0, 1), int(boxes[0][4]), found, None, instances, presence=presence)
-
-    annotations = ("boxes", "instances", "labels", "presence")
-    return Source(NAMES, COUNTS, samples, annotations=annotations, segments=["background", *NAMES])
-
-
 @pytest.fixture(scope="module")
 def shaped(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    write(shapes(), folder, {"source": {"name": "shapes"}})
-    return open_pack(folder)
+    return shaped_pack(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture(scope="module")
