@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from mim_core.inference import Model, Read
 
-AT_ONCE = 64
-"""Images that a model gets at once."""
+AT_ONCE, MAPS_AT_ONCE = 64, 8
+"""Images that a model gets at once; fewer where each gives a map of its file's size."""
 LISTED = 40
 """Images that are listed on the terminal at most."""
 PRETRAINED = {"pretrain_fitted": "pretrain_fitted", "pretrain": "pretrain"}
@@ -51,7 +51,8 @@ def predict(row: str, images: Sequence[str], out: Path | None, draw: Path | None
     names, quarantined, few = _names(files), list[dict[str, str]](), list[dict[str, Any]]()
     with _table(out, {"row": row}) as table, Bar(f"predict {row}", 1) as bar:
         done = 0
-        for batch in _read(model.reader, files, quarantined, lambda count: bar.count(count, len(files))):
+        size = MAPS_AT_ONCE if model.name == "segment" else AT_ONCE
+        for batch in _read(model.reader, files, size, quarantined, lambda count: bar.count(count, len(files))):
             answers = model.answer([read for _, read in batch])
             found = [{"file": str(path), **answer} for (path, _), answer in zip(batch, answers, strict=True)]
             table.add(found)
@@ -76,7 +77,7 @@ def embed(row: str, images: Sequence[str], out: Path, replace: bool) -> Iterator
     quarantined: list[dict[str, str]] = []
     with _table(out, {"row": row, "width": str(encoder.width)}) as table, Bar(f"embed {row}", 1) as bar:
         done = 0
-        for batch in _read(encoder.reader, files, quarantined, lambda count: bar.count(count, len(files))):
+        for batch in _read(encoder.reader, files, AT_ONCE, quarantined, lambda count: bar.count(count, len(files))):
             features = encoder.embed([read for _, read in batch])
             table.add([{"file": str(path), "vector": one} for (path, _), one in zip(batch, features, strict=True)])
             done += len(batch)
@@ -139,10 +140,11 @@ def _loaded(weights: Path, load: str) -> Any:
 def _read(
     reader: Callable[[Path], Read],
     files: Sequence[Path],
+    size: int,
     quarantined: list[dict[str, str]],
     tell: Callable[[int], None],
 ) -> Iterator[Batch]:
-    """Read files in threads, a batch ahead; what is refused goes to `quarantined`. `tell` takes the number done."""
+    """Read files in threads, a batch of `size` ahead; refused ones go to `quarantined`, the number done to `tell`."""
     from PIL import Image
 
     waiting: deque[list[tuple[Path, Future[Read]]]] = deque()
@@ -153,7 +155,7 @@ def _read(
         warnings.simplefilter("error", Image.DecompressionBombWarning)
 
         def ahead() -> None:
-            if some := list(itertools.islice(left, AT_ONCE)):
+            if some := list(itertools.islice(left, size)):
                 waiting.append([(path, pool.submit(_checked, reader, path)) for path in some])
 
         ahead()

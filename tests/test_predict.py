@@ -202,8 +202,7 @@ def test_files_that_are_no_images_are_listed_with_the_reason(
     assert not (tmp_path / "features.quarantined.csv").exists()
 
 
-def test_batches_are_read_one_ahead_and_no_further(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(predicting, "AT_ONCE", 4)
+def test_batches_are_read_one_ahead_and_no_further() -> None:
     read: list[Path] = []
 
     def reader(path: Path) -> Any:
@@ -211,7 +210,7 @@ def test_batches_are_read_one_ahead_and_no_further(monkeypatch: pytest.MonkeyPat
         return path
 
     files, told, quarantined = [Path(f"{index}.png") for index in range(30)], [], list[dict[str, str]]()
-    for at, batch in enumerate(predicting._read(reader, files, quarantined, told.append)):
+    for at, batch in enumerate(predicting._read(reader, files, 4, quarantined, told.append)):
         assert [path for path, _ in batch] == files[4 * at : 4 * at + 4]
         assert len(read) <= 4 * (at + 2)
     assert told == [4, 8, 12, 16, 20, 24, 28, 30]

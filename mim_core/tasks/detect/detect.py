@@ -93,8 +93,10 @@ class Detect:
 
         The best come first. Leaves the model in evaluation mode.
         """
+        height, width = self.facts.size
+        parts = torch.split(images, max(FEWEST, PIXELS // (height * width)))
         answers = []
-        for one in self.find(images):
+        for one in (each for part in parts for each in self.find(part)):
             objects = []
             for box, score, label in zip(*(one[name].tolist() for name in ("boxes", "scores", "labels")), strict=True):
                 sides = dict(zip(("left", "top", "right", "bottom"), box, strict=True))
@@ -124,8 +126,8 @@ class Detect:
 
     def draw(self, split: Split, path: Path) -> None:
         """Draw images at even steps from the best found to the worst."""
-        found = self._find_all(split)
         real = [truth(split, index, masks=False) for index in range(len(split))]
+        found, least = sheet.best(self._find_all(split), real)
         qualities = [sheet.quality(one, objects) for one, objects in zip(found, real, strict=True)]
         examples = []
         for index in sheet.spread(qualities, DRAWN):
@@ -134,7 +136,8 @@ class Detect:
         caption = (
             f"Detections on {len(split):,} images, from the best found to the worst (mean {np.mean(qualities):.2f})"
         )
-        sheet.draw(examples, self.facts.classes, caption).save(path)
+        note = f"Shown are as many as there are objects: scores from {least:.2f}."
+        sheet.draw(examples, self.facts.classes, caption, note).save(path)
 
     def _normalise(self, images: Tensor) -> Tensor:
         return normalise(images.to(self.compute.device), self.facts.mean, self.facts.std)
