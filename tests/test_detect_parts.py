@@ -191,11 +191,21 @@ def test_an_image_s_quality_is_the_overlap_of_what_there_is_and_what_is_drawn() 
     assert sheet.quality(found([here, there], [1, 0], [0.9, 0.8]), real) == 0
     assert sheet.quality(found([here], [0], [0.9]), real) == pytest.approx(2 / 3)
     assert sheet.quality(found([here, here, there], [0, 0, 1], [0.9, 0.8, 0.7]), real) == pytest.approx(4 / 5)
-    assert sheet.quality(found([here, there, there], [0, 1, 0], [0.9, 0.8, 0.1]), real) == 1, "low scores are not drawn"
     assert sheet.quality(found([], [], []), truth([], [])) == 1
     hard = truth([here, there], [0, 1], [False, True])
     assert sheet.quality(found([here], [0], [0.9]), hard) == 1
     assert sheet.quality(found([here, there], [0, 1], [0.9, 0.8]), hard) == 1
+
+
+def test_as_many_detections_are_shown_as_there_are_objects() -> None:
+    box = [0.0, 0.0, 10.0, 10.0]
+    real = [truth([box, box], [0, 1], [False, True]), truth([], []), truth([box], [1])]
+    guesses = [found([box, box], [0, 1], [0.2, 0.1]), found([box], [0], [0.15]), found([], [], [])]
+    kept, least = sheet.best(guesses, real)
+    assert least == 0.15
+    assert [one.scores.tolist() for one in kept] == [[0.2], [0.15], []]
+    nothing, _ = sheet.best([found([], [], [])] * 3, real)
+    assert [len(one.boxes) for one in nothing] == [0, 0, 0]
 
 
 def test_images_are_chosen_from_the_best_to_the_worst() -> None:

@@ -17,8 +17,6 @@ from mim_core.metrics.boxes import Found, Truth
 
 TILE, ACROSS, HEAD, LABEL = 168, 6, 36, 20
 """Px of a tile's width, tiles a row, px above the first row and below each tile."""
-SHOWN = 0.3
-"""Score from which a detection is drawn."""
 TRUE, FOUND, WRONG = (255, 255, 255), (40, 220, 90), (255, 80, 60)
 DASH = 4
 
@@ -33,15 +31,30 @@ class Example:
     masks: np.ndarray | None
 
 
+def best(found: Sequence[Found], truth: Sequence[Truth]) -> tuple[list[Found], float]:
+    """Keep the best of all images' detections, as many as there are objects; gives the score from which they are kept.
+
+    A score fixed beforehand would show nothing of a weak detector, and of a strong one what it hardly believes.
+    """
+    count = sum(_clear(one) for one in truth)
+    scores = np.sort(np.concatenate([one.scores for one in found]))[::-1][:count]
+    least = float(scores[-1]) if len(scores) else 1.0
+    kept = []
+    for one in found:
+        at = np.flatnonzero(one.scores >= least)
+        masks = None if one.masks is None else [one.masks[int(index)] for index in at]
+        kept.append(Found(one.boxes[at], one.classes[at], one.scores[at], masks))
+    return kept, least
+
+
 def quality(found: Found, truth: Truth) -> float:
-    """Tell how well an image was found: 1 where the detections drawn are its objects, 0 where none is.
+    """Tell how well an image was found: 1 where the detections are its objects, 0 where none is.
 
     Detections take, by falling score, the object of their class that they overlap most; the sum of overlaps is divided
     by the mean of the numbers of objects and of detections. Difficult objects and crowds may be found or not.
     """
     overlaps, passed = _matched(found, truth)
-    clear = int((~(truth.difficult | truth.crowd)).sum())
-    count = clear + int((~passed).sum())
+    count = _clear(truth) + int((~passed).sum())
     return float(2 * overlaps[~passed].sum() / count) if count else 1.0
 
 
@@ -51,7 +64,7 @@ def spread(qualities: Sequence[float], count: int) -> list[int]:
     return [int(order[at]) for at in np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)]
 
 
-def draw(examples: Sequence[Example], names: Sequence[str], caption: str) -> Image.Image:
+def draw(examples: Sequence[Example], names: Sequence[str], caption: str, note: str = "") -> Image.Image:
     """Lay examples out, `ACROSS` a row: objects dashed in white, detections of the right class that overlap one by half
     green, others red, each with its class and score."""
     height, width = examples[0].image.shape[-2:]
@@ -59,7 +72,7 @@ def draw(examples: Sequence[Example], names: Sequence[str], caption: str) -> Ima
     if width > TILE:
         cell = Cell(round(height * TILE / width), TILE)
     rows = -(-len(examples) // ACROSS)
-    note = f"Dashed: objects (grey: not counted). Green: found. Red: wrong. Scores from {SHOWN}; overlap 0.5."
+    note = f"Dashed: objects (grey: not counted). Green: of the right class, overlap 0.5 or more. Red: wrong. {note}"
     page = (10 + ACROSS * (cell.width + 2 * GAP), HEAD + rows * (cell.height + LABEL))
     sheet = Sheet(*page, caption, note, fit=True)
     for number, one in enumerate(examples):
@@ -76,17 +89,16 @@ def draw(examples: Sequence[Example], names: Sequence[str], caption: str) -> Ima
 
 def _objects(tile: Image.Image, one: Example, names: Sequence[str], scale: tuple[float, float], sheet: Sheet) -> None:
     overlaps, passed = _matched(one.found, one.truth)
-    shown = np.flatnonzero(one.found.scores >= SHOWN)
     colours = [FOUND if overlap >= 0.5 or over else WRONG for overlap, over in zip(overlaps, passed, strict=True)]
     if one.masks is not None:
-        for at, colour in zip(shown, colours, strict=True):
-            mask = Image.fromarray((one.masks[at] * 90).astype(np.uint8)).resize(tile.size)
+        for drawn, colour in zip(one.masks, colours, strict=True):
+            mask = Image.fromarray((drawn * 90).astype(np.uint8)).resize(tile.size)
             tile.paste(Image.new("RGB", tile.size, colour), (0, 0), mask)
     pen, stretch = ImageDraw.Draw(tile), np.array(scale * 2)
     for box, aside in zip(one.truth.boxes, one.truth.difficult | one.truth.crowd, strict=True):
         _dashed(pen, box * stretch - [0, 0, 1, 1], (150, 150, 150) if aside else TRUE)
     # The best last, so that it lies on top.
-    for at, colour in reversed(list(zip(shown, colours, strict=True))):
+    for at, colour in reversed(list(enumerate(colours))):
         box = one.found.boxes[at] * stretch - [0, 0, 1, 1]
         pen.rectangle([*box], outline=colour, width=2)
         text = f"{names[one.found.classes[at]]} {one.found.scores[at]:.2f}"
@@ -108,17 +120,20 @@ def _dashed(pen: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple[int, int, i
 
 
 def _matched(found: Found, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
-    """Give the overlap of each shown detection with the object that it takes (0 for none), and whether that object does
-    not count."""
-    shown = np.flatnonzero(found.scores >= SHOWN)
-    overlap = box_iou(torch.from_numpy(found.boxes[shown]).double(), torch.from_numpy(truth.boxes).double()).numpy()
-    overlap = np.where(found.classes[shown][:, None] == truth.classes[None], overlap, 0.0)
+    """Give the overlap of each detection with the object that it takes (0: none), and whether that does not count."""
+    overlap = box_iou(torch.from_numpy(found.boxes).double(), torch.from_numpy(truth.boxes).double()).numpy()
+    overlap = np.where(found.classes[:, None] == truth.classes[None], overlap, 0.0)
     taken = np.zeros(len(truth.boxes), bool)
-    best, passed = np.zeros(len(shown)), np.zeros(len(shown), bool)
-    for at in range(len(shown)):
+    overlaps, passed = np.zeros(len(found.boxes)), np.zeros(len(found.boxes), bool)
+    for at in range(len(found.boxes)):
         free = np.where(taken, 0.0, overlap[at])
         if free.size and free.max() > 0:
             which = int(free.argmax())
-            best[at], taken[which] = free[which], True
+            overlaps[at], taken[which] = free[which], True
             passed[at] = truth.difficult[which] or truth.crowd[which]
-    return best, passed
+    return overlaps, passed
+
+
+def _clear(truth: Truth) -> int:
+    """Count the objects that have to be found."""
+    return int((~(truth.difficult | truth.crowd)).sum())
