@@ -136,7 +136,7 @@ class Detect:
         caption = (
             f"Detections on {len(split):,} images, from the best found to the worst (mean {np.mean(qualities):.2f})"
         )
-        note = f"Shown are as many as there are objects: scores from {least:.2f}."
+        note = f"Shown are as many as there are objects: scores from {least:.0%}."
         sheet.draw(examples, self.facts.classes, caption, note).save(path)
 
     def _normalise(self, images: Tensor) -> Tensor:

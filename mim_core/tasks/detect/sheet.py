@@ -101,7 +101,7 @@ def _objects(tile: Image.Image, one: Example, names: Sequence[str], scale: tuple
     for at, colour in reversed(list(enumerate(colours))):
         box = one.found.boxes[at] * stretch - [0, 0, 1, 1]
         pen.rectangle([*box], outline=colour, width=2)
-        text = f"{names[one.found.classes[at]]} {one.found.scores[at]:.2f}"
+        text = f"{names[one.found.classes[at]]} {one.found.scores[at]:.0%}"
         corner = (max(0.0, min(box[0], tile.width - 40)), box[1] - 13 if box[1] >= 13 else box[1] + 2)
         pen.text(corner, text, colour, sheet.small, stroke_width=2, stroke_fill=(0, 0, 0))
 
