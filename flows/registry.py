@@ -73,7 +73,8 @@ def register_model(
     logged = _log(run, "model", weights, signature, pd.DataFrame({"image": [example]}))
     tags, comparison = {**tags, **pack_digests(pack)}, f"{tags['data']}.{tags['task']}"
     _version(client, _name(client, tags["row"], "model"), run, logged, tags)
-    _made(client, comparison, "comparison")
+    said = f"Models of the task {tags['task']} on {tags['data']}; @{CHAMPION} is the best on the same test images."
+    _made(client, comparison, "comparison", said)
     version = _version(client, comparison, run, logged, tags)
     return f"{comparison} version {version}: {compete(client, comparison, version, lock)}"
 
@@ -129,6 +130,8 @@ def pack_digests(pack: Path) -> dict[str, str]:
     said = json.loads(meta)
     hashed = hashlib.sha256(json.dumps([said[key] for key in ("classes", "segments", "annotations")]).encode())
     for path in sorted((pack / "test").glob("*.npy")):
+        if path.stem == "origins":  # they move where training images are added before
+            continue
         with path.open("rb") as file:
             hashed.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return {"pack_digest": hashlib.sha256(meta).hexdigest()[:32], "test_digest": hashed.hexdigest()[:32]}
@@ -172,10 +175,10 @@ def _name(client: MlflowClient, row: str, kind: Kind) -> str:
     return row
 
 
-def _made(client: MlflowClient, name: str, kind: str) -> str:
-    """Make a registered model unless it is there, and give its kind."""
+def _made(client: MlflowClient, name: str, kind: str, said: str = "") -> str:
+    """Make a registered model, which `said` describes, unless it is there, and give its kind."""
     try:
-        client.create_registered_model(name, tags={"kind": kind})
+        client.create_registered_model(name, tags={"kind": kind}, description=said)
         return kind
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":

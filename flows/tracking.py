@@ -1,5 +1,5 @@
 """The record in MLflow: a parent run a stage, a child run a job, with curves, pictures, lineage and the registered
-encoder.
+encoder or model.
 
 MLflow is a view: the truth lies in the files that jobs and stages write. A server that does not answer costs a warning
 and the view, never the training; the next run of a job under the same key goes on in the same MLflow run, and points

@@ -146,9 +146,10 @@ def test_the_test_digest_is_of_the_test_images_and_their_annotations(tmp_path: P
     ))  # fmt: skip
     assert first == same
     assert first["test_digest"] != other["test_digest"]
-    # Training images may change: scores on the same test images can still be compared.
+    # Training images may change, and the places of files among all: scores on the same test images can be compared.
     images = np.load(tmp_path / "same" / "train" / "images.npy")
     np.save(tmp_path / "same" / "train" / "images.npy", images + 1)
+    np.save(tmp_path / "same" / "test" / "origins.npy", np.arange(16)[:, None])
     assert pack_digests(tmp_path / "same")["test_digest"] == first["test_digest"]
     labels = np.load(tmp_path / "same" / "test" / "labels.npy")
     np.save(tmp_path / "same" / "test" / "labels.npy", labels[::-1])
