@@ -1,11 +1,6 @@
 """The model registry: a row's encoder or model under the row's name, and of each comparison the best.
 
-A downstream row's model takes image files and answers in JSON:
-
-    export MLFLOW_TRACKING_URI=http://127.0.0.1:5000
-    mlflow models serve -m models:/ROW/1 --env-manager local -h 127.0.0.1 -p 5001
-    (printf '{"dataframe_records": [{"image": "'; base64 < photo.jpg | tr -d '\\n'; printf '"}]}') |
-      curl -s http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' --data-binary @-
+How a registered model is asked is in `served_task.py`, and of an encoder in `served_encoder.py`.
 
 A comparison is a dataset and a task, `<dataset>.<task>`, which no row can be named. Each row's model is a version there
 too, and `models:/<dataset>.<task>@champion` is the one that none has beaten. The alias moves by test scores, of the one

@@ -1,5 +1,14 @@
 """A downstream row's model as MLflow serves it: image files in, what they show out.
 
+    export MLFLOW_TRACKING_URI=http://127.0.0.1:5000
+    mlflow models serve -m models:/scenes.classify@champion --env-manager local -h 127.0.0.1 -p 5001
+
+    (printf '{"dataframe_records": [{"image": "'; base64 < photo.jpg | tr -d '\\n'; printf '"}]}') |
+      curl -s http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' --data-binary @-
+
+Several images are several records. MLflow takes JSON, CSV and Parquet, and answers raw bytes of an image with HTTP 415;
+in Parquet (`application/vnd.apache.parquet`) the column `image` holds bytes, without base64.
+
 MLflow runs this file to make the model, so that nothing is pickled: weights come from a safetensors file whose header
 says how to build the model and read its images.
 """
