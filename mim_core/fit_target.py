@@ -1,11 +1,13 @@
-"""Fitting a tokenizer: a discrete variational autoencoder under the Gumbel-softmax relaxation, and how good it is.
+"""Fitting a tokenizer by gradient, through relaxed codes or straight through the nearest, and how good it is.
 
-Source: Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021, section 2.1 and appendix A.
+Sources: Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021, section 2.1 and appendix A (discrete VAEs);
+Peng et al., "BEiT v2", 2022, section 2.2 (vector quantisation).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -24,7 +26,8 @@ from mim_core.devices import Compute
 from mim_core.gallery import GAP, TOP, Cell, Sheet
 from mim_core.metrics.pictures import psnr
 from mim_core.spec import Strict
-from mim_core.tokenizers.dalle import DiscreteVAE
+from mim_core.tokenizers.dalle import Autoencoder, DiscreteVAE
+from mim_core.tokenizers.quantizer import VectorQuantised
 from mim_core.transforms import Augment
 
 
@@ -56,7 +59,7 @@ def token_grid(tokenizer: Any, size: tuple[int, int]) -> tuple[int, int]:
     if any(side % tokenizer.stride for side in size):
         raise ValueError(
             f"stride: found {tokenizer.stride} px a token; it must divide the images' {size[0]} x {size[1]} px; choose "
-            "a tokenizer of another stride (`layers` of dvae_small), or another size_px for the data"
+            "a tokenizer of another stride (`layers` of a small one), or another size_px for the data"
         )
     return size[0] // tokenizer.stride, size[1] // tokenizer.stride
 
@@ -79,8 +82,57 @@ def kl_to_uniform(logits: Float[Tensor, "b k h w"]) -> Float[Tensor, "b h w"]:
     return (log_share.exp() * log_share).sum(1) + math.log(logits.shape[1])
 
 
-class TokenizerFit(nn.Module):
-    """The objective: reconstruction from relaxed codes, and the codes' divergence from a uniform prior.
+class TokenizerFit(nn.Module, ABC):
+    """What the objectives share: the tokenizer and its scores.
+
+    Raises ValueError where tokens do not fill the images.
+    """
+
+    model: Autoencoder
+
+    def __init__(self, model: Autoencoder, pack: Pack, compute: Compute) -> None:
+        super().__init__()
+        token_grid(model, pack.size)
+        self.model, self.compute = model, compute
+
+    @abstractmethod
+    def losses(self, batch: UInt8[Tensor, "b c H W"], step: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield the loss of a batch; see `mim_core.train.Objective`."""
+
+    @abstractmethod
+    def beside(self, logits: Float[Tensor, "b k h w"]) -> tuple[str, Float[Tensor, ""]]:
+        """Give the name and the mean over tokens of what is told of a batch beside its reconstruction."""
+
+    @torch.no_grad()
+    def evaluate(self, split: Split, batch: int = 64) -> dict[str, float]:
+        """Score the tokenizer as a target will use it: in fp32, by arg-max codes.
+
+        `psnr` in dB over the images in [0, 1], `codes_used` the share of codes that occur, `perplexity` the exponential
+        of the entropy of the codes' histogram (from 1 to `codes`), `reconstruction` the loss's first term, and what
+        `beside` gives.
+        """
+        self.model.eval()
+        tally = Tally(self.model.codes)
+        sums = np.zeros(2)
+        name = ""
+        for indices in batched(range(len(split)), batch):
+            images = self._images(torch.from_numpy(split.images[indices]))
+            logits = self.model.logits(images)
+            tokens = logits.argmax(1)
+            maps = self.model.draw(self.model.look_up(tokens))
+            tally.add(tokens, self.model.pictures(maps), images)
+            errors, (name, value) = self.model.errors(maps, images), self.beside(logits)
+            sums += len(images) * np.array([errors.mean().item(), value.item()])
+        self.model.train()
+        reconstruction, value = (sums / len(split)).tolist()
+        return {**tally.scores(), name: value, "reconstruction": reconstruction}
+
+    def _images(self, images: UInt8[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
+        return images.to(self.compute.device).float() / 255
+
+
+class RelaxedFit(TokenizerFit):
+    """A discrete VAE's: reconstruction from Gumbel-softmax codes, and the codes' divergence from a uniform prior.
 
     As in appendix A.2, both terms are sums over an image, divided by its number of values v = c * H * W:
     loss = (sum of errors + kl_weight * sum over tokens of KL(q || uniform)) / v, a mean over images. A `kl_weight` is
@@ -88,15 +140,15 @@ class TokenizerFit(nn.Module):
     kl_weight / (stride ** 2 * c), beta / 192 at the paper's 8 px and 3 channels. Units: nats a value (`laplace`).
 
     Temperature and weight follow from the step alone, out of `steps`. The relaxation's noise comes from torch's global
-    generator, which the training loop seeds by step.
+    generator, which the training loop seeds by step. It is scored by `kl` too, in nats a token.
     """
+
+    model: DiscreteVAE
 
     def __init__(
         self, model: DiscreteVAE, pack: Pack, compute: Compute, steps: int, temperature: Anneal, kl_weight: Anneal
     ) -> None:
-        super().__init__()
-        token_grid(model, pack.size)
-        self.model, self.compute = model, compute
+        super().__init__(model, pack, compute)
         self.steps = steps
         self.temperature, self.kl_weight = _above_zero(temperature), kl_weight
 
@@ -118,31 +170,41 @@ class TokenizerFit(nn.Module):
         """Give the loss's two terms, both sums divided by the number of the images' values, before weighting."""
         return self.model.errors(maps, images).mean(), kl_to_uniform(logits).sum() / images.numel()
 
-    @torch.no_grad()
-    def evaluate(self, split: Split, batch: int = 64) -> dict[str, float]:
-        """Score the tokenizer as a target will use it: in fp32, by arg-max codes.
+    def beside(self, logits: Float[Tensor, "b k h w"]) -> tuple[str, Float[Tensor, ""]]:
+        return "kl", kl_to_uniform(logits).mean()
 
-        `psnr` in dB over the images in [0, 1], `codes_used` the share of codes that occur, `perplexity` the exponential
-        of the entropy of the codes' histogram (from 1 to `codes`), `kl` nats a token, `reconstruction` the loss's first
-        term.
-        """
-        self.model.eval()
-        tally = Tally(self.model.codes)
-        sums = np.zeros(2)
-        for indices in batched(range(len(split)), batch):
-            images = self._images(torch.from_numpy(split.images[indices]))
-            logits = self.model.logits(images)
-            tokens = logits.argmax(1)
-            maps = self.model.draw(self.model.look_up(tokens))
-            tally.add(tokens, self.model.pictures(maps), images)
-            errors, divergence = self.model.errors(maps, images), kl_to_uniform(logits)
-            sums += len(images) * np.array([errors.mean().item(), divergence.mean().item()])
-        self.model.train()
-        reconstruction, kl = (sums / len(split)).tolist()
-        return {**tally.scores(), "kl": kl, "reconstruction": reconstruction}
 
-    def _images(self, images: UInt8[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
-        return images.to(self.compute.device).float() / 255
+class QuantisedFit(TokenizerFit):
+    """A quantised autoencoder's: reconstruction from the nearest codes, and the quantiser's own loss.
+
+    The gradient goes straight through to the encoder; the codes follow its vectors. Units: nats a value (`laplace`).
+    It is scored by `distance` too: the mean squared distance of the encoder's vectors to their codes, from 0 to 4.
+    """
+
+    model: VectorQuantised
+
+    def __init__(self, model: VectorQuantised, pack: Pack, compute: Compute) -> None:
+        super().__init__(model, pack, compute)
+
+    def losses(self, batch: UInt8[Tensor, "b c H W"], step: int) -> Iterator[tuple[str, Tensor]]:
+        images = self._images(batch)
+        with self.compute.autocast():
+            found = self.model.quantise(images)
+            maps = self.model.draw(found.vectors)
+        yield "model", self.model.errors(maps, images).mean() + found.loss
+
+    def beside(self, logits: Float[Tensor, "b k h w"]) -> tuple[str, Float[Tensor, ""]]:
+        return "distance", -logits.amax(1).mean()
+
+
+def objective(
+    model: Autoencoder, pack: Pack, compute: Compute, steps: int, temperature: Anneal, kl_weight: Anneal
+) -> TokenizerFit:
+    """Choose the objective by how a tokenizer's codes are made; only relaxed ones have a temperature and a weight."""
+    if isinstance(model, DiscreteVAE):
+        return RelaxedFit(model, pack, compute, steps, temperature, kl_weight)
+    assert isinstance(model, VectorQuantised)
+    return QuantisedFit(model, pack, compute)
 
 
 class Tally:
@@ -179,8 +241,8 @@ def score(tokenizer: Any, split: Split, compute: Compute, batch: int = 64) -> di
     return tally.scores()
 
 
-def collapse(scores: Mapping[str, float], least_perplexity: float) -> str | None:
-    """Say that the codebook has collapsed, and what to do, where too few codes do the work; None where all is well.
+def collapse(scores: Mapping[str, float], least_perplexity: float, advice: str) -> str | None:
+    """Say that the codebook has collapsed, with `advice`, where too few codes do the work; None where all is well.
 
     Masked tokens of such a tokenizer are easy to guess and teach an encoder little.
     """
@@ -189,8 +251,7 @@ def collapse(scores: Mapping[str, float], least_perplexity: float) -> str | None
         return None
     return (
         f"perplexity: found {scores['perplexity']:.1f}, with {scores['codes_used']:.1%} of the codes used on "
-        f"validation images; below least_perplexity {least_perplexity:g} the codebook has collapsed; raise kl_weight, "
-        "anneal temperature over a longer share of the run, lower codes or optim.lr, or raise optim.epochs"
+        f"validation images; below least_perplexity {least_perplexity:g} the codebook has collapsed; {advice}"
     )
 
 

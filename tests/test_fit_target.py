@@ -20,21 +20,29 @@ from mim_core.devices import choose
 from mim_core.fit_target import (
     Anneal,
     ImageFetch,
+    QuantisedFit,
+    RelaxedFit,
     Tally,
     Temperature,
     TokenizerFit,
     collapse,
     kl_to_uniform,
+    objective,
     picture,
     score,
     token_grid,
 )
+from mim_core.params import TargetRow
+from mim_core.spec import check
+from mim_core.tokenizers import TOKENIZERS
 from mim_core.tokenizers.dalle import DiscreteVAE
 from mim_core.tokenizers.palette import Palette
-from mim_core.tokenizers.small import SmallDVAE
+from mim_core.tokenizers.small import SmallDVAE, SmallVQ
 from mim_core.transforms import Augment
 
 STEPS = 60
+SCHEDULES = {"temperature": Anneal(start=1, end=0.25), "kl_weight": Anneal(start=0, end=2, over=0.5)}
+BESIDE = {"dvae_small": "kl", "vq_small": "distance"}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +50,17 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
-def fit_of(pack: Pack, model: DiscreteVAE | None = None, **changes: Any) -> TokenizerFit:
+def fit_of(pack: Pack, model: DiscreteVAE | None = None, **changes: Any) -> RelaxedFit:
     torch.manual_seed(0)
     model = model or SmallDVAE(3, codes=16, layers=2, width=16, code_width=8, blocks=0)
-    schedules = {"temperature": Anneal(start=1, end=0.25), "kl_weight": Anneal(start=0, end=2, over=0.5)} | changes
-    return TokenizerFit(model, pack, choose("cpu", "fp32"), STEPS, **schedules)
+    return RelaxedFit(model, pack, choose("cpu", "fp32"), STEPS, **(SCHEDULES | changes))
+
+
+def chosen(pack: Pack, name: str, **params: Any) -> TokenizerFit:
+    """The objective that a small tokenizer gets."""
+    torch.manual_seed(0)
+    model = TOKENIZERS[name](3, codes=16, layers=2, width=16, code_width=8, blocks=0, **params)
+    return objective(model, pack, choose("cpu", "fp32"), STEPS, **SCHEDULES)
 
 
 def loss_of(fit: TokenizerFit, batch: torch.Tensor, step: int = 0) -> torch.Tensor:
@@ -142,11 +156,33 @@ def test_the_loss_is_a_pure_function_of_weights_batch_and_step(pack: Pack) -> No
     assert loss_of(first, batch, 5) == loss_of(second, batch, 5) != loss_of(second, batch, 6)
 
 
+def test_the_objective_is_that_of_a_tokenizers_codes(pack: Pack) -> None:
+    assert isinstance(chosen(pack, "dvae_small"), RelaxedFit)
+    assert isinstance(chosen(pack, "vq_small"), QuantisedFit)
+
+
+def test_a_quantised_loss_is_that_of_the_nearest_codes_and_of_how_far_they_are(pack: Pack) -> None:
+    fit = chosen(pack, "vq_small", commitment=0.5)
+    model = fit.model
+    assert isinstance(model, SmallVQ)
+    batch = torch.from_numpy(pack.split("train").images[:4].copy())
+    loss_of(fit, batch)
+    images = batch / 255
+    model.eval()
+    tokens, logits = model.tokens(images), model.logits(images)
+    errors = model.errors(model.draw(model.look_up(tokens)), images).mean()
+    model.train()
+    # A mean over the 8 entries of a code.
+    torch.testing.assert_close(loss_of(fit, batch, 1), errors + 0.5 * -logits.amax(1).mean() / 8)
+
+
+@pytest.mark.parametrize("name", BESIDE)
 @pytest.mark.parametrize("likelihood", ["laplace", "l2"])
-def test_a_fit_learns(pack: Pack, likelihood: Any) -> None:
-    torch.manual_seed(0)
-    model = SmallDVAE(3, codes=16, layers=2, width=16, code_width=8, blocks=0, likelihood=likelihood)
-    fit = fit_of(pack, model, kl_weight=Anneal(start=0, end=0.1))
+def test_a_fit_learns(pack: Pack, name: str, likelihood: Any) -> None:
+    fit = chosen(pack, name, likelihood=likelihood)
+    model = fit.model
+    if isinstance(fit, RelaxedFit):
+        fit.kl_weight = Anneal(start=0, end=0.1)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = fit.evaluate(pack.split("validation"))
     fetch = ImageFetch(pack.split("train"), None, 0)
@@ -161,18 +197,20 @@ def test_a_fit_learns(pack: Pack, likelihood: Any) -> None:
     assert model.training
 
 
-def test_scores_are_those_of_the_tokenizer_as_a_target_uses_it(pack: Pack) -> None:
-    fit, held = fit_of(pack), pack.split("validation")
+@pytest.mark.parametrize("name", BESIDE)
+def test_scores_are_those_of_the_tokenizer_as_a_target_uses_it(pack: Pack, name: str) -> None:
+    fit, held = chosen(pack, name), pack.split("validation")
     scores = fit.evaluate(held, batch=5)
-    assert scores.keys() == {"psnr", "codes_used", "perplexity", "kl", "reconstruction"}
+    assert scores.keys() == {"psnr", "codes_used", "perplexity", BESIDE[name], "reconstruction"}
     images = torch.from_numpy(held.images.copy()) / 255
     tokens = fit.model.tokens(images)
     error = F.mse_loss(fit.model.decode(tokens), images).item()
     assert scores["psnr"] == pytest.approx(-10 * math.log10(error), rel=1e-5)
     assert scores["codes_used"] == len(tokens.unique()) / 16
-    assert scores["kl"] == pytest.approx(kl_to_uniform(fit.model.logits(images)).mean().item(), rel=1e-4)
-    one_hot = F.one_hot(tokens, 16).movedim(-1, 1).float()
-    errors = fit.model.errors(fit.model.reconstruct(one_hot), images)
+    logits = fit.model.logits(images)
+    beside = kl_to_uniform(logits) if name == "dvae_small" else -logits.amax(1)
+    assert scores[BESIDE[name]] == pytest.approx(beside.mean().item(), rel=1e-4)
+    errors = fit.model.errors(fit.model.draw(fit.model.look_up(tokens)), images)
     assert scores["reconstruction"] == pytest.approx(errors.mean().item(), rel=1e-4)
     assert score(fit.model, held, fit.compute) == pytest.approx({key: scores[key] for key in list(scores)[:3]})
 
@@ -197,13 +235,27 @@ def test_a_palette_is_scored_too(pack: Pack) -> None:
 
 def test_a_collapsed_codebook_is_told_with_what_to_do() -> None:
     scores = {"perplexity": 3.25, "codes_used": 0.05}
-    assert collapse(scores, 3.0) is None
-    complaint = collapse(scores, 64)
+    assert collapse(scores, 3.0, "") is None
+    complaint = collapse(scores, 64, SmallDVAE.advice)
     assert complaint is not None
     assert complaint.startswith("perplexity: found 3.2, with 5.0% of the codes used")
     for word in ("least_perplexity 64", "kl_weight", "temperature", "codes", "optim.lr", "optim.epochs"):
         assert word in complaint
-    assert collapse({"perplexity": math.nan, "codes_used": 0.0}, 2.0) is not None
+    assert collapse({"perplexity": math.nan, "codes_used": 0.0}, 2.0, "") is not None
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_advice_on_a_collapse_names_keys_that_a_row_of_the_tokenizer_takes(name: str) -> None:
+    advice = TOKENIZERS[name].advice  # type: ignore[attr-defined]
+    row = {"data": "tiny", "tokenizer": name, "least_perplexity": 2.0}
+    if name != "palette":
+        row["optim"] = {"lr": 1.0e-3, "batch": 16, "epochs": 1}
+    known = check(TargetRow, row, "row").model_dump()
+    keys = {*known, *known["tokenizer"], *(known["optim"] or {})}
+    named = {word.strip(",:").removeprefix("optim.") for word in advice.split() if "_" in word or "optim." in word}
+    assert named
+    assert named <= keys
+    assert ({"kl_weight", "temperature"} <= set(advice.replace(",", "").split())) == (name in ("dvae", "dvae_small"))
 
 
 def test_a_fetch_gives_the_images_addressed_and_pickles(pack: Pack) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers: the contract over the table, published weights and numbers, the likelihood, and the palette."""
+"""Tokenizers: the contract over the table, published weights and numbers, the likelihood, quantiser and palette."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from mim_core.tokenizers import TOKENIZERS
 from mim_core.tokenizers import palette as palette_module
 from mim_core.tokenizers.dalle import DALLE, Block, logit_laplace, map_pixels, unmap_pixels
 from mim_core.tokenizers.palette import Palette
-from mim_core.tokenizers.small import SmallDVAE
+from mim_core.tokenizers.quantizer import Quantizer
+from mim_core.tokenizers.small import SmallDVAE, SmallVQ
 
 PARITY = Path(__file__).parent / "parity"
 SMALL: dict[str, dict[str, Any]] = {
     "dvae": {"codes": 12, "base": 8, "blocks": 1},
     "dvae_small": {"codes": 12, "layers": 2, "width": 8, "code_width": 6},
+    "vq_small": {"codes": 12, "layers": 2, "width": 8, "code_width": 6},
     "palette": {"codes": 12},
 }
-VAES = [name for name in TOKENIZERS if name != "palette"]
+AUTOENCODERS = [name for name in TOKENIZERS if name != "palette"]
+VAES = [name for name in AUTOENCODERS if name != "vq_small"]
 
 
 def small(name: str, channels: int = 3, **params: Any) -> Any:
@@ -85,7 +88,7 @@ def test_a_gradient_reaches_every_parameter(name: str) -> None:
         assert parameter.grad.any(), key
 
 
-@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("name", AUTOENCODERS)
 def test_logits_are_made_in_fp32_under_autocast(name: str) -> None:
     tokenizer = small(name)
     images = torch.rand(1, 3, 16, 16)
@@ -162,16 +165,19 @@ def test_the_likelihood_decides_the_decoders_maps() -> None:
     assert small("dvae_small").reconstruct(codes).shape == (1, 6, 16, 16)
     assert small("dvae_small", likelihood="l2").reconstruct(codes).shape == (1, 3, 16, 16)
     assert small("dvae").reconstruct(codes).shape == (1, 6, 32, 32)
+    assert small("vq_small").draw(codes[:, :6]).shape == (1, 6, 16, 16)
+    assert small("vq_small", likelihood="l2").draw(codes[:, :6]).shape == (1, 3, 16, 16)
 
 
+@pytest.mark.parametrize("name", ["dvae_small", "vq_small"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("blocks", [0, 2])
-def test_layers_of_the_small_tokenizer_give_its_stride(layers: int, blocks: int) -> None:
-    tokenizer = small("dvae_small", layers=layers, blocks=blocks)
+def test_layers_of_a_small_tokenizer_give_its_stride(name: str, layers: int, blocks: int) -> None:
+    tokenizer = small(name, layers=layers, blocks=blocks)
     assert tokenizer.tokens(torch.rand(1, 3, 16, 16)).shape == (1, 16 // 2**layers, 16 // 2**layers)
 
 
-@pytest.mark.parametrize("name", VAES)
+@pytest.mark.parametrize("name", AUTOENCODERS)
 @pytest.mark.parametrize("likelihood", ["laplace", "l2"])
 def test_true_maps_have_the_least_error_and_draw_the_picture(name: str, likelihood: str) -> None:
     tokenizer = small(name)
@@ -207,6 +213,131 @@ def test_the_logit_laplace_is_a_density_on_the_unit_interval(mean: float, log_sc
         assert density(x) == pytest.approx(expected)
     total, _ = integrate.quad(density, 1e-9, 1 - 1e-9, points=[peak], limit=200)
     assert total == pytest.approx(1, abs=1e-3)
+
+
+def around(directions: torch.Tensor, times: int) -> torch.Tensor:
+    """Vectors [1, d, times, k] of any length, a few degrees about k directions."""
+    near = directions + 0.05 * torch.randn(times, *directions.shape)
+    return (near * torch.rand(times, len(directions), 1).add(0.5)).permute(2, 0, 1)[None]
+
+
+def test_the_quantised_and_the_variational_small_tokenizer_have_the_same_halves() -> None:
+    shapes = []
+    for name in ("dvae_small", "vq_small"):
+        state = small(name, code_width=12).state_dict()  # so that both encoders end in 12 maps
+        shapes.append({key: one.shape for key, one in state.items() if key.startswith(("encoder.", "decoder."))})
+    assert shapes[0] == shapes[1]
+
+
+def test_the_quantised_tokenizers_logits_are_distances_on_the_sphere() -> None:
+    tokenizer = small("vq_small")
+    images = torch.rand(2, 3, 16, 16)
+    vectors, logits = tokenizer.encode(images), tokenizer.logits(images)
+    directions = vectors / vectors.norm(dim=1, keepdim=True)
+    far = torch.cdist(directions.movedim(1, -1).reshape(-1, 6), tokenizer.quantizer.codebook) ** 2
+    torch.testing.assert_close(logits.movedim(1, -1).reshape(-1, 12), -far, atol=1e-5, rtol=1e-5)
+    nearest = tokenizer.look_up(tokenizer.tokens(images))
+    assert torch.equal(tokenizer.decode(tokenizer.tokens(images)), tokenizer.pictures(tokenizer.draw(nearest)))
+
+
+def test_a_gradient_goes_straight_through_the_quantiser_to_the_encoder() -> None:
+    tokenizer = small("vq_small").train()
+    images = torch.rand(2, 3, 16, 16)
+    found = tokenizer.quantise(images)
+    tokenizer.errors(tokenizer.draw(found.vectors), images).mean().backward()
+    for key, parameter in tokenizer.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.any(), key
+    quantizer, vectors = Quantizer(12, 6), torch.randn(1, 6, 3, 4, requires_grad=True)
+    weight = torch.randn(1, 6, 3, 4)
+    (quantizer(vectors).vectors * weight).sum().backward()
+    straight, vectors.grad = vectors.grad, None
+    (F.normalize(vectors, dim=1) * weight).sum().backward()
+    assert straight is not None
+    torch.testing.assert_close(straight, vectors.grad)
+
+
+def test_quantised_vectors_are_the_codes_of_before_and_the_loss_is_their_squared_error() -> None:
+    torch.manual_seed(0)
+    quantizer, vectors = Quantizer(12, 6, commitment=0.25), torch.randn(2, 6, 3, 4)
+    quantizer(vectors)
+    before = quantizer.codebook.clone()
+    found = quantizer(vectors)
+    codes = before[found.tokens].movedim(-1, 1)
+    torch.testing.assert_close(found.vectors, codes)
+    assert found.loss.item() == pytest.approx(0.25 * F.mse_loss(F.normalize(vectors, dim=1), codes).item())
+    assert not torch.equal(quantizer.codebook, before)
+
+
+def test_the_first_batch_starts_the_codes_at_its_clusters() -> None:
+    torch.manual_seed(1)
+    directions = F.normalize(torch.randn(5, 16), dim=1)
+    quantizer = Quantizer(40, 16)
+    quantizer(around(directions, 30))
+    # More codes than clusters, so that k-means leaves none of these out, from wherever it begins.
+    assert (directions @ quantizer.codebook.T).amax(1).min() > 0.95
+    assert (directions @ quantizer.codebook.T).amax(0).min() > 0.9
+    torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(40))
+    assert quantizer.started
+
+
+def test_fewer_vectors_than_codes_start_them_too() -> None:
+    quantizer = Quantizer(40, 6)
+    vectors = torch.randn(1, 6, 2, 3)
+    found = quantizer(vectors)
+    torch.testing.assert_close(found.vectors, F.normalize(vectors, dim=1), atol=1e-3, rtol=0)
+    assert len(found.tokens.unique()) > 1
+
+
+def test_codes_move_by_the_decay_to_the_mean_of_their_vectors_and_the_unused_stay() -> None:
+    quantizer = Quantizer(3, 2, decay=0.75)
+    quantizer.codebook.copy_(torch.eye(3, 2))
+    quantizer.codebook[2] = torch.tensor([-0.6, -0.8])
+    quantizer.started.fill_(True)
+    unused = quantizer.codebook[2].clone()
+    # Lengths do not count: both vectors of the first code have the length 1 in its mean.
+    tokens = quantizer(torch.tensor([[[[0.9, 5.0, 0.0]], [[0.0, 3.0, 0.1]]]])).tokens
+    assert tokens.tolist() == [[[0, 0, 1]]]
+    mean = F.normalize(torch.tensor([1.0, 0.0]) + torch.tensor([5.0, 3.0]) / math.sqrt(34), dim=0)
+    expected = F.normalize(0.75 * torch.tensor([1.0, 0.0]) + 0.25 * mean, dim=0)
+    torch.testing.assert_close(quantizer.codebook[0], expected)
+    torch.testing.assert_close(quantizer.codebook[1], torch.tensor([0.0, 1.0]))
+    assert torch.equal(quantizer.codebook[2], unused)
+    torch.testing.assert_close(quantizer.usage, torch.tensor([0.5, 0.25, 0.0]))
+
+
+def test_evaluation_changes_no_code() -> None:
+    tokenizer = small("vq_small").train()
+    tokenizer.quantise(torch.rand(2, 3, 16, 16))
+    before = {key: one.clone() for key, one in tokenizer.state_dict().items()}
+    tokenizer.eval()
+    tokenizer.quantise(torch.rand(2, 3, 16, 16))
+    tokenizer.tokens(torch.rand(2, 3, 16, 16))
+    assert all(torch.equal(one, before[key]) for key, one in tokenizer.state_dict().items())
+
+
+def test_all_that_a_quantiser_learns_by_moving_averages_is_in_its_state() -> None:
+    images = torch.rand(3, 2, 3, 16, 16)
+    one, other = SmallVQ(3, **SMALL["vq_small"]), SmallVQ(3, **SMALL["vq_small"])
+    one.quantise(images[0])
+    other.load_state_dict(one.state_dict())
+    for batch in images[1:]:
+        first, second = one.quantise(batch), other.quantise(batch)
+        assert torch.equal(first.tokens, second.tokens)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def test_quantising_keeps_fp32_under_autocast() -> None:
+    torch.manual_seed(0)
+    quantizer, vectors = Quantizer(12, 6), torch.randn(1, 6, 3, 4)
+    quantizer(vectors)
+    copy = Quantizer(12, 6)
+    copy.load_state_dict(quantizer.state_dict())
+    plain = quantizer(vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = copy(vectors)
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+    assert torch.equal(copy.codebook, quantizer.codebook)
 
 
 def colours(count: int, seed: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Fit a tokenizer, for targets that are classes: train a discrete variational autoencoder, or find a palette."""
+"""Fit a tokenizer, for targets that are classes: train an autoencoder of discrete codes, or find a palette."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fit_target(row: TargetRow, pack: Pack, folder: Path, seed: int) -> dict[str,
     else:
         seen = _train(row, tokenizer, pack, folder, seed, compute)
     found = result(folder, seen, tokenizer, compute)
-    if complaint := fitting.collapse(found, row.least_perplexity):
+    if complaint := fitting.collapse(found, row.least_perplexity, tokenizer.advice):
         raise ValueError(complaint)
     _draw(tokenizer, held, found, folder / "gallery.png", compute)
     about = {"tokenizer": row.tokenizer.model_dump(mode="json"), "channels": pack.channels}
@@ -67,7 +67,7 @@ def _train(row: TargetRow, tokenizer: Any, pack: Pack, folder: Path, seed: int, 
     assert row.optim
     images, held = pack.split("train"), pack.split("validation")
     steps, own = player(row.optim, len(images), tokenizer, row.optim.rate)
-    objective = fitting.TokenizerFit(tokenizer, pack, compute, steps, row.temperature, row.kl_weight)
+    objective = fitting.objective(tokenizer, pack, compute, steps, row.temperature, row.kl_weight)
     run = Run(folder, tokenizer, {"model": own}, steps, row.checkpoint_minutes)
 
     def evaluate(step: int) -> Scalars:

@@ -21,6 +21,7 @@ from mim_core.spec import Piece, bind, build, nearest
 from mim_core.tasks import TASKS
 from mim_core.tasks.task import Facts, sight, tuned
 from mim_core.tokenizers import TOKENIZERS
+from mim_core.tokenizers.dalle import DiscreteVAE
 
 if TYPE_CHECKING:
     from mim_core.params.load import Params
@@ -96,6 +97,9 @@ def _fitting(row: TargetRow, size: tuple[int, int] | None) -> Iterator[str]:
         yield "optim: missing; a tokenizer that is trained needs it"
     if not trained and row.optim is not None:
         yield f"optim: found one; '{row.tokenizer.name}' is not trained; delete this key"
+    if not isinstance(tokenizer, DiscreteVAE):
+        for key in sorted(row.model_fields_set & {"temperature", "kl_weight"}):
+            yield f"{key}: found one; the codes of '{row.tokenizer.name}' are not relaxed; delete this key"
     if row.least_perplexity > tokenizer.codes:
         yield f"least_perplexity: found {row.least_perplexity:g}; it may not exceed the {tokenizer.codes} codes"
     if size and any(side % tokenizer.stride for side in size):

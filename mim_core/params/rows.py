@@ -113,8 +113,9 @@ class DataRow(Strict):
 class TargetRow(Strict):
     """A tokenizer that is fitted to a dataset before a method can predict its tokens.
 
-    A palette is found by k-means and takes none of what follows `seed`; a discrete VAE is trained, under a
-    Gumbel-softmax `temperature` and with `kl_weight` on the divergence from even use of the codes.
+    A palette is found by k-means and takes none of what follows `seed`; an autoencoder is trained. A discrete VAE is so
+    under a Gumbel-softmax `temperature` and with `kl_weight` on the divergence from even use of the codes, which others
+    may not be given.
     """
 
     data: str

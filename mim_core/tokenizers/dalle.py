@@ -1,4 +1,4 @@
-"""Discrete variational autoencoders: what they share, and the one of Ramesh et al., "Zero-Shot Text-to-Image
+"""Discrete autoencoders: what they share, and the variational one of Ramesh et al., "Zero-Shot Text-to-Image
 Generation", ICML 2021 (section 2.1, appendix A), whose arg-max codes BEiT predicts.
 
 Letters in shapes as in `mim_core.grid`; here h w is the grid of tokens, k the codes, d the width of a code's vector.
@@ -44,7 +44,7 @@ def logit_laplace(maps: Float[Tensor, "b 2c H W"], mapped: Float[Tensor, "b c H 
     return distance * torch.exp(-log_scale) + log_scale + torch.log(2 * mapped * (1 - mapped))
 
 
-class DiscreteVAE(nn.Module, ABC):
+class Autoencoder(nn.Module, ABC):
     """An encoder to logits over codes, a vector a code, and a decoder of vectors to maps of the image's size."""
 
     stride: int
@@ -52,26 +52,20 @@ class DiscreteVAE(nn.Module, ABC):
     likelihood: Likelihood
     """`laplace`: the decoder gives means and log-scales, 2c maps, of mapped pixels. `l2`: it gives the pixels, c maps,
     scaled to [-1, 1]."""
+    advice: str
+    """What to change in a row whose codebook collapsed."""
 
     @abstractmethod
     def logits(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b k h w"]:
         """Score the codes of each token, in fp32 also under autocast."""
 
     @abstractmethod
-    def mix(self, soft: Float[Tensor, "b k h w"]) -> Float[Tensor, "b d h w"]:
-        """Mean of the codes' vectors, weighted by a (soft) one-hot of codes."""
-
-    @abstractmethod
     def look_up(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
-        """Give the tokens' vectors: `mix` of their one-hot, without making it."""
+        """Give the tokens' vectors."""
 
     @abstractmethod
     def draw(self, vectors: Float[Tensor, "b d h w"]) -> Float[Tensor, "b maps H W"]:
         """Decode vectors to the likelihood's maps."""
-
-    def reconstruct(self, soft: Float[Tensor, "b k h w"]) -> Float[Tensor, "b maps H W"]:
-        """Decode a (soft) one-hot of codes to the likelihood's maps."""
-        return self.draw(self.mix(soft))
 
     @torch.no_grad()
     def tokens(self, images: Float[Tensor, "b c H W"]) -> Int[Tensor, "b h w"]:
@@ -96,6 +90,23 @@ class DiscreteVAE(nn.Module, ABC):
         if self.likelihood == "laplace":
             return logit_laplace(maps, map_pixels(images))
         return (maps - centre(images)) ** 2
+
+
+class DiscreteVAE(Autoencoder):
+    """An autoencoder whose codes are relaxed while it is fitted, so that its decoder sees mixtures of their vectors."""
+
+    advice = (
+        "raise kl_weight, anneal temperature over a longer share of the run, lower codes or optim.lr, or raise "
+        "optim.epochs"
+    )
+
+    @abstractmethod
+    def mix(self, soft: Float[Tensor, "b k h w"]) -> Float[Tensor, "b d h w"]:
+        """Mean of the codes' vectors, weighted by a (soft) one-hot of codes: `look_up` where that is a one-hot."""
+
+    def reconstruct(self, soft: Float[Tensor, "b k h w"]) -> Float[Tensor, "b maps H W"]:
+        """Decode a (soft) one-hot of codes to the likelihood's maps."""
+        return self.draw(self.mix(soft))
 
 
 def centre(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:

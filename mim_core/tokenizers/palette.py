@@ -25,6 +25,7 @@ class Palette(nn.Module):
     """Colours in [0, 1] by code; a token a pixel. It cannot be used before `fit` or loading."""
 
     stride = 1
+    advice = "the images have few colours in effect: lower least_perplexity, or fit it to others"
     colours: Tensor
 
     def __init__(self, channels: int, *, codes: Codes = 512) -> None:

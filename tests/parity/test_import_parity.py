@@ -24,6 +24,7 @@ from mim_core.pretext import MaskedModel, Pretext, Scope
 from mim_core.published import Imported, convert, model, tokenizer
 from mim_core.targets import TARGETS
 from mim_core.tokenizers.dalle import map_pixels
+from mim_core.tokenizers.quantizer import Quantizer
 
 HINTS: dict[str, dict[str, Any]] = {
     "simmim_vit_sharedrpb": {},
@@ -173,6 +174,26 @@ def test_the_small_tokenizers_tokens_and_loss() -> None:
     divergence = kl_to_uniform(logits).sum()
     assert divergence.item() == pytest.approx(arrays["kl_batchmean_as_coded"].item(), rel=1e-5)
     assert (error + 0.1 * divergence).item() == pytest.approx(arrays["loss_kl0p1"].item(), abs=1e-5)
+
+
+@DTYPES
+def test_a_step_of_the_quantiser_and_its_codes(dtype: torch.dtype) -> None:
+    arrays = case("beit2_normema_quantizer_step")
+    quantizer = Quantizer(16, 8).to(dtype)
+    quantizer.codebook.copy_(arrays["codebook_before"])
+    quantizer.started.fill_(True)
+    vectors = arrays["z"].to(dtype, copy=True).requires_grad_()
+    found = quantizer(vectors)
+    assert_loss(found.loss, arrays["loss"])
+    assert torch.equal(found.tokens.flatten(), arrays["ids"])
+    found.loss.backward()
+    # All but the loss was kept in fp32.
+    for ours, name in ((found.vectors, "z_q"), (quantizer.codebook, "codebook_after")):
+        torch.testing.assert_close(ours.float(), arrays[name], atol=1e-7, rtol=0)
+    torch.testing.assert_close(quantizer.usage.float(), arrays["cluster_size_after"], atol=1e-8, rtol=0)
+    assert vectors.grad is not None
+    torch.testing.assert_close(vectors.grad.float(), arrays["grad_z_from_commit_loss"], atol=1e-9, rtol=1e-6)
+    assert vectors.grad.any()
 
 
 def inpainting() -> tuple[MaskedModel, Tensor, Tensor, Tensor]:
