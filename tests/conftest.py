@@ -162,8 +162,32 @@ pretrain:
 """,
     "params/downstream.yaml": """\
 supervised: {}
-continued: {}
+continued:
+  neighbours:
+    task: {name: knn, k: 5}
+    data: scenes
+    init: scratch_2000
+    labels: 100
+    seeds: [0, 1]
 baselines:
+  segment_scratch:
+    task: {name: segment, head: linear}
+    data: scenes
+    init: scratch
+    encoder: &small {name: vit, patch_px: 4, width: 32, depth: 2, heads: 2, positions: sincos}
+    labels: 50
+    lr_grid: [1.0e-3]
+    seeds: [0, 1]
+    optim: {batch: 25, epochs: 1}
+  detect_scratch:
+    task: {name: detect, detector: {name: faster_rcnn, width: 32}, neck: {name: simple_pyramid, width: 32}}
+    data: scenes
+    init: scratch
+    encoder: *small
+    labels: 50
+    lr_grid: [1.0e-3]
+    seeds: [0]
+    optim: {batch: 25, epochs: 1}
   scratch_2000:
     task: {name: classify, smoothing: 0.1}
     data: scenes

@@ -56,7 +56,40 @@ def test_the_demo_runs_its_own_rows_and_dvc_the_rest(served: Clone) -> None:
         "prepare@scenes", "pretrain@simmim_vit", "baseline@scratch_2000", "downstream@simmim_vit_2000"
     }  # fmt: skip
     assert ran[-1] == "report"
-    assert re.findall(r"Running stage '(.+)'", served.rest) == ["fit_target@codes", "pretrain_fitted@tokens", "report"]
+    ran = re.findall(r"Running stage '(.+)'", served.rest)
+    assert ran[-1] == "report"
+    assert set(ran[:-1]) == {
+        "fit_target@codes",
+        "pretrain_fitted@tokens",
+        "baseline@segment_scratch",
+        "baseline@detect_scratch",
+        "continued@neighbours",
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "metric", "parents"),
+    [
+        ("segment_scratch", "miou", []),
+        ("detect_scratch", "ap", []),
+        ("neighbours", "accuracy", ["downstream/scratch_2000"]),
+    ],
+)
+def test_every_task_is_a_stage_with_a_manifest_a_run_and_a_picture(
+    row: str, metric: str, parents: list[str], served: Clone
+) -> None:
+    said, folder = manifest(served, "downstream", row), served.folder / "runs" / "downstream" / row
+    assert said["parents"] == parents
+    results = json.loads((folder / "results.json").read_text())
+    assert results["metric"] == metric
+    for point in results["seeds"]:
+        assert point["test_score"] == point[f"test_{metric}"]
+        assert 0 <= point["test_score"] <= 1
+    assert said["metrics"][f"test_{metric}"] == pytest.approx(said["metrics"]["test_score"])
+    assert ("lr" in said["metrics"]) == (row != "neighbours")
+    names = {artifact.path for artifact in mlflow_client(served).list_artifacts(said["mlflow_run_id"])}
+    assert {"predictions.png", "results.json", "manifest.json"} <= names
+    assert f'alt="Predictions of {row} on test images"' in (served.folder / "report" / "index.html").read_text()
 
 
 def test_a_fitted_target_is_published_and_names_its_parent(served: Clone) -> None:
@@ -180,7 +213,7 @@ def test_the_report_tells_of_the_family(served: Clone) -> None:
     assert "from scratch: vit (32, 2)" in table
     page = (served.folder / "report" / "index.html").read_text()
     assert "<h2>Tokenizers</h2>" in page
-    assert page.count("data:image/png;base64,") == 3 + 2 * 2 + 1 + 2
+    assert page.count("data:image/png;base64,") == 3 + 2 * 2 + 1 + 5
 
 
 def test_a_second_demo_does_nothing_but_say_so(served: Clone) -> None:
