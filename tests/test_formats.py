@@ -163,6 +163,15 @@ def test_coco_without_masks_and_in_folders_of_their_own(tmp_path: Path) -> None:
     assert coco(with_masks, masks="none", **EVEN).annotations == ("boxes",)
 
 
+@pytest.mark.parametrize(("count", "mapped"), [(254, True), (255, False)])
+def test_coco_of_many_classes_has_no_semantic_maps(tmp_path: Path, count: int, mapped: bool) -> None:
+    content = coco_content()
+    content["categories"] = [{"id": number, "name": f"class {number}"} for number in range(count)]
+    source = coco(coco_tree(tmp_path / "coco", {"train2017": content}), **EVEN)
+    assert len(source.segments) == (count + 1 if mapped else 0)
+    assert source.annotations == ("boxes", "instances")
+
+
 def test_coco_shares_a_single_set_out(tmp_path: Path) -> None:
     content = coco_content(range(100, 120))
     root = coco_tree(tmp_path / "coco", {"default": content})

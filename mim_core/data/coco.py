@@ -17,7 +17,7 @@ from pydantic import Field, FiniteFloat, PositiveInt
 from mim_core.data.annotations import Entry, box_inside, by_number, entry, read_json
 from mim_core.data.fit import Fit
 from mim_core.data.images import Channels, RefusedError
-from mim_core.data.pack import CROWD, Source
+from mim_core.data.pack import CROWD, NOT_JUDGED, Source
 from mim_core.data.records import Found, Record, named
 from mim_core.data.splits import Share
 from mim_core.spec import Pair
@@ -65,6 +65,7 @@ def coco(
     `validation` is a share of the training set by a hash of the images' bytes; so is `test` where there is only one
     set. Boxes come with the crowd flag; masks (polygons, run lengths as numbers or text) become instances unless
     `masks` is none, smaller objects over larger ones and those over crowds, and every object must have one if any has.
+    Of more than 254 classes there are no semantic maps, for 255 means not judged.
     Boxes are clipped to their image. An image is left out whole where one of its annotations is broken, for the rest
     would say that nothing is there.
 
@@ -97,25 +98,7 @@ def coco(
     numbers = {number: place for place, number in enumerate(sorted(known))}
     for kind, (path, content, folders) in files.items():
         where = path.relative_to(root).as_posix()
-        images = _images(content["images"], where, folders, found)
-        objects = _objects(content["annotations"], where, images, found)
-        found.records[kind] = []
-        for number, listed in images.items():
-            if listed is None:
-                continue
-            image, file = listed
-            try:
-                frame = (image.height, image.width)
-                shape = found.shape(file, frame)
-                mine = [checked(value, place, numbers, frame, with_masks) for place, value in objects.get(number, [])]
-            except RefusedError as reason:
-                found.refuse(file, reason)
-                continue
-            boxes = np.array([box for box, *_ in mine], np.float64).reshape(-1, 5)
-            flags = np.array([flag for _, flag, _ in mine], np.uint8)
-            instances = functools.partial(paint, [part for *_, part in mine], flags, frame) if with_masks else None
-            record = Record(file, shape, frame, boxes=boxes, box_flags=flags, instances=instances, origin=(number,))
-            found.records[kind].append(record)
+        found.records[kind] = _records(content, where, folders, numbers, with_masks, found)
     classes = [known[number] for number in sorted(known)]
     return found.source(
         classes,
@@ -124,8 +107,39 @@ def coco(
         fit=fit,
         validation=validation,
         test=test,
-        segments=["background", *classes] if with_masks else [],
+        segments=["background", *classes] if with_masks and len(classes) < NOT_JUDGED else [],
     )
+
+
+def _records(
+    content: dict[str, list[Any]],
+    where: str,
+    folders: Sequence[Path],
+    numbers: dict[int, int],
+    with_masks: bool,
+    found: Found,
+) -> list[Record]:
+    """The good images of one set; `numbers` gives the classes by the categories' ids."""
+    images = _images(content["images"], where, folders, found)
+    objects = _objects(content["annotations"], where, images, found)
+    records: list[Record] = []
+    for number, listed in images.items():
+        if listed is None:
+            continue
+        image, file = listed
+        try:
+            frame = (image.height, image.width)
+            shape = found.shape(file, frame)
+            mine = [checked(value, place, numbers, frame, with_masks) for place, value in objects.get(number, [])]
+        except RefusedError as reason:
+            found.refuse(file, reason)
+            continue
+        boxes = np.array([box for box, *_ in mine], np.float64).reshape(-1, 5)
+        flags = np.array([flag for _, flag, _ in mine], np.uint8)
+        instances = functools.partial(paint, [part for *_, part in mine], flags, frame) if with_masks else None
+        record = Record(file, shape, frame, boxes=boxes, box_flags=flags, instances=instances, origin=(number,))
+        records.append(record)
+    return records
 
 
 def _sets(root: Path) -> dict[str, tuple[Path, list[Path]]]:
