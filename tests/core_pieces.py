@@ -43,6 +43,14 @@ TARGET = {
     "optim": OPTIM,
     "precision": "fp32",
 }
+QUANTISED = {
+    "data": "tiny",
+    "tokenizer": {"name": "vq_small", "codes": 16, "layers": 2, "width": 8, "code_width": 4},
+    "least_perplexity": 1.0,
+    "augment": AUGMENT,
+    "optim": OPTIM,
+    "precision": "fp32",
+}
 PALETTE = {"data": "tiny", "tokenizer": {"name": "palette", "codes": 8}}
 FITTED = {**PRETRAIN, "target": {"name": "tokens", "fitted": "codes"}, "loss": "cross_entropy"}
 CLASSIFY = {

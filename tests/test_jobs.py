@@ -22,6 +22,7 @@ from core_pieces import (
     OPTIM,
     PALETTE,
     PRETRAIN,
+    QUANTISED,
     TARGET,
     TUNE,
     classify_row,
@@ -60,15 +61,20 @@ ROWS: dict[str, dict[str, Any]] = {
         "optim": LONG,
     },
     "fit_target": {**TARGET, "optim": LONG},
+    # Codes follow by moving averages of their own, and weights are averaged too.
+    "quantised": {**QUANTISED, "optim": {**LONG, "ema": 0.9}},
     "downstream": {**CLASSIFY, "optim": {**TUNE, "epochs": 25, "layer_decay": 0.75}},
 }
 PRODUCTS = {
     "pretrain": ["encoder.safetensors", "model.safetensors"],
     "adversarial": ["encoder.safetensors", "model.safetensors"],
     "fit_target": ["tokenizer.safetensors"],
+    "quantised": ["tokenizer.safetensors"],
     "downstream": ["model.safetensors", "predictions.png"],
 }
-EVALUATED = {"downstream": "validation_score", "fit_target": "perplexity"}
+EVALUATED = {"downstream": "validation_score", "fit_target": "perplexity", "quantised": "perplexity"}
+KINDS = {"adversarial": "pretrain", "quantised": "fit_target"}
+"""A row's kind of job where it is another than its name."""
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +94,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
 @pytest.fixture(scope="module", autouse=True)
 def servers() -> Iterator[list[subprocess.Popen[str]]]:
     """Servers of jobs, started early: they import while other tests run."""
-    started = [python("-m", "mim_core.jobs") for _ in range(5)]
+    started = [python("-m", "mim_core.jobs") for _ in range(len(ROWS) + 1)]
     yield started.copy()
     for process in started:
         with process:
@@ -98,9 +104,16 @@ def servers() -> Iterator[list[subprocess.Popen[str]]]:
 def job(kind: str, pack: Pack, folder: Path, **changes: Any) -> dict[str, Any]:
     # So few minutes that there is a checkpoint at every step.
     row = {**ROWS[kind], "checkpoint_minutes": 1.0e-6, **changes}
-    wire = {"kind": kind, "row": row, "pack": str(pack.folder), "folder": str(folder), "seed": 5, "threads": 1}
-    if kind in {"pretrain", "adversarial"}:
-        return wire | {"kind": "pretrain", "fitted": None}
+    wire = {
+        "kind": KINDS.get(kind, kind),
+        "row": row,
+        "pack": str(pack.folder),
+        "folder": str(folder),
+        "seed": 5,
+        "threads": 1,
+    }
+    if wire["kind"] == "pretrain":
+        return wire | {"fitted": None}
     return wire | ({"lr": 2.0e-3, "init": None, "test": True} if kind == "downstream" else {})
 
 
@@ -159,12 +172,14 @@ def test_fine_tuning_starts_from_the_weights_that_init_names(tmp_path: Path, pac
         assert torch.equal(weights[f"encoder.{name}"], tensor), name
 
 
-def test_a_target_is_fitted_and_predicted(tmp_path: Path, pack: Pack) -> None:
-    result = fit_target(target_row(), pack, tmp_path / "codes", seed=0)
+@pytest.mark.parametrize("row", [TARGET, QUANTISED], ids=["relaxed", "quantised"])
+def test_a_target_is_fitted_and_predicted(tmp_path: Path, pack: Pack, row: dict[str, Any]) -> None:
+    result = fit_target(check(TargetRow, row, "row"), pack, tmp_path / "codes", seed=0)
     assert {"psnr", "codes_used", "perplexity", "seconds", "parameters", "compute"} <= set(result)
     assert (tmp_path / "codes" / "gallery.png").stat().st_size > 0
-    row = check(PretrainRow, FITTED, "row")
-    found = pretrain(row, pack, tmp_path / "tokens", 0, tmp_path / "codes" / "tokenizer.safetensors")
+    found = pretrain(
+        check(PretrainRow, FITTED, "row"), pack, tmp_path / "tokens", 0, tmp_path / "codes" / "tokenizer.safetensors"
+    )
     assert 0 < found["loss"] < 2 * np.log(16)
     # The tokenizer is not of the model: it is neither trained nor written again.
     weights, _ = checkpoint.read_weights(tmp_path / "tokens" / "model.safetensors")

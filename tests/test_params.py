@@ -32,6 +32,7 @@ NAMES = [
     f"{section}.{row}" for sections in FILES.values() for section in sections for row in getattr(REPOSITORY, section)
 ]
 TUNED = {**{key: value for key, value in CLASSIFY.items() if key != "encoder"}, "init": "one"}
+VQ = {"data": "tiny", "tokenizer": "vq_small", "optim": OPTIM}
 DELETED = object()
 
 
@@ -119,6 +120,18 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("pretrain", "pretrain_fitted.one", FITTED, "pretrain.one: 'pretrain_fitted' has a row of this name too;*"),
     ("targets", "targets.codes.optim", DELETED, "codes.optim: missing; a tokenizer that is trained needs it"),
     ("targets", "targets.colours.optim", OPTIM, "colours.optim: found one; 'palette' is not trained; delete this key"),
+    (
+        "targets",
+        "targets.colours.kl_weight",
+        {"start": 0.0, "end": 0.1},
+        "colours.kl_weight: found one;* delete this key",
+    ),
+    (
+        "targets",
+        "targets.vq",
+        {**VQ, "temperature": {"start": 1.0, "end": 0.1}},
+        "vq.temperature: found one;* 'vq_small'*",
+    ),
     ("targets", "targets.codes.tokenizer.layers", 5, "codes.tokenizer: images are [32, 48] px;* stride 32"),
     ("targets", "targets.codes.least_perplexity", 99, "codes.least_perplexity: found 99;* 16 codes"),
     ("targets", "targets.codes.temperature", {"start": 1.0, "end": 0.0}, "codes.temperature: found 1.0 to 0.0;*"),
