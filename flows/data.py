@@ -232,17 +232,20 @@ def _read(source: Path, at: Path, name: str, row: Any, spoiled: list[dict[str, s
     from mim_core.data.records import NoImagesError
     from mim_core.data.sources import SOURCES
     from mim_core.params import DataRow
-    from mim_core.spec import build, check
+    from mim_core.spec import SpecError, build, check
 
     plain = json.loads(json.dumps(row))
     try:
-        read: Source = build(SOURCES, check(DataRow, plain, f"params/data.yaml {name}").source, at)
+        read: Source = build(SOURCES, check(DataRow, plain, f"data.{name}").source, at)
+    except SpecError as error:
+        raise UserError(f"params/data.yaml: {error}") from None
     except NoImagesError as error:
         refused = [*spoiled, *error.quarantined]
         told = f"found no readable image, {len(refused)} refused{_list_refused(name, refused, say)}"
         raise UserError(f"{source}: {told}; give a folder of images") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{source}: {error}") from None
+        told = str(error).removeprefix(f"{at}: ")
+        raise UserError(f"{source}: {told}") from None
     return read, _list_refused(name, [*spoiled, *read.quarantined], say)
 
 

@@ -502,7 +502,7 @@ def test_forms_that_are_not_clear_or_not_there(project: Path, photos: Path, tmp_
         data.add(root, "mine", None, quiet)
     with pytest.raises(UserError, match=r"--format: 'cocco' is not one of .*; did you mean 'coco'\?"):
         data.add(root, "mine", None, quiet, form="cocco")
-    with pytest.raises(UserError, match=r"JPEGImages.* are not there; a VOC folder has them"):
+    with pytest.raises(UserError, match=r"both: \['JPEGImages', .* are not there; a VOC folder has them"):
         data.add(root, "mine", None, quiet, form="voc")
     (root / "annotations" / "instances_val2017.json").write_text("{")
     with pytest.raises(UserError, match=r"instances_val2017.json line 1 column 2: "):
@@ -529,6 +529,9 @@ def test_a_replaced_dataset_is_read_as_its_row_says(project: Path, tmp_path: Pat
     assert [entry["file"] for entry in result["quarantined"]] == ["JPEGImages/2007_000001.jpg"]
     assert "with boxes, instances, presence, semantic" in said[-1]
     assert "lists: segmentation, fit: contain" in path.read_text()
+    path.write_text(path.read_text().replace("fit: contain", "fit: fill"))
+    with pytest.raises(UserError, match=r"^params/data.yaml: data.voc.source.fit: found 'fill'; must be 'cover'"):
+        data.add(root, "voc", None, quiet, replace=True)
 
 
 def test_add_by_the_command(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
