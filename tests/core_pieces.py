@@ -45,7 +45,7 @@ TARGET = {
 }
 QUANTISED = {
     "data": "tiny",
-    "tokenizer": {"name": "vq_small", "codes": 16, "layers": 2, "width": 8, "code_width": 4},
+    "tokenizer": {"name": "vq_small", "codes": 16, "layers": 2, "width": 8, "code_width": 4, "restart": 1.0},
     "least_perplexity": 1.0,
     "augment": AUGMENT,
     "optim": OPTIM,

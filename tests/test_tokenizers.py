@@ -278,6 +278,7 @@ def test_the_first_batch_starts_the_codes_at_its_clusters() -> None:
     assert (directions @ quantizer.codebook.T).amax(1).min() > 0.95
     assert (directions @ quantizer.codebook.T).amax(0).min() > 0.9
     torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(40))
+    assert quantizer.usage.sum().item() == pytest.approx(150)
     assert quantizer.started
 
 
@@ -304,6 +305,26 @@ def test_codes_move_by_the_decay_to_the_mean_of_their_vectors_and_the_unused_sta
     torch.testing.assert_close(quantizer.codebook[1], torch.tensor([0.0, 1.0]))
     assert torch.equal(quantizer.codebook[2], unused)
     torch.testing.assert_close(quantizer.usage, torch.tensor([0.5, 0.25, 0.0]))
+
+
+@pytest.mark.parametrize("restart", [0.0, 0.1])
+def test_an_idle_code_begins_again_at_a_vector_of_the_batch(restart: float) -> None:
+    torch.manual_seed(0)
+    quantizer = Quantizer(4, 6, decay=0.5, restart=restart)
+    quantizer.started.fill_(True)
+    quantizer.codebook.copy_(F.normalize(torch.tensor([[1.0] * 6, [-1.0] * 6, [1.0, -1] * 3, [-1.0, 1] * 3]), dim=1))
+    quantizer.usage.copy_(torch.tensor([0.0, 1.0, 0.3, 0.15]))
+    before = quantizer.codebook.clone()
+    # All near the first code: the second and the third are idle, not for long enough yet, and the last for too long.
+    vectors = torch.rand(2, 6, 3, 1) + 0.5
+    tokens = quantizer(vectors).tokens
+    assert not tokens.any()
+    assert torch.equal(quantizer.codebook[1:3], before[1:3])
+    torch.testing.assert_close(quantizer.usage, torch.tensor([3.0, 0.5, 0.15, max(0.075, restart)]))
+    directions = F.normalize(vectors, dim=1).movedim(1, -1).reshape(-1, 6)
+    found = (directions - quantizer.codebook[3]).norm(dim=1).min().item() < 1e-6
+    assert found == (restart > 0)
+    assert torch.equal(quantizer.codebook[3], before[3]) == (restart == 0)
 
 
 def test_evaluation_changes_no_code() -> None:

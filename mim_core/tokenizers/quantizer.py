@@ -20,6 +20,7 @@ from mim_core.tokenizers.dalle import Autoencoder
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Commitment = Annotated[float, Field(gt=0)]
+Usage = Annotated[float, Field(ge=0)]
 ROUNDS = 10
 """Of k-means, by cosine similarity, over the first batch."""
 
@@ -40,15 +41,21 @@ class Quantizer(nn.Module):
     the directions to their codes, over all entries. All that changes is in the state dict, no parameter is: the codes,
     `usage` (a moving average of how many vectors of a batch each code got) and whether the codes have `started`.
     Works in the codes' own precision, also under autocast.
+
+    A code whose usage falls below `restart` begins again at a random vector of the batch, as in SoundStream (Zeghidour
+    et al., 2021, section III-C): in short runs the encoder leaves many of its first codes behind. 0, as published,
+    restarts none.
     """
 
     codebook: Tensor
     usage: Tensor
     started: Tensor
 
-    def __init__(self, codes: int, width: int, *, decay: Decay = 0.99, commitment: Commitment = 1.0) -> None:
+    def __init__(
+        self, codes: int, width: int, *, decay: Decay = 0.99, commitment: Commitment = 1.0, restart: Usage = 0.0
+    ) -> None:
         super().__init__()
-        self.decay, self.commitment = decay, commitment
+        self.decay, self.commitment, self.restart = decay, commitment, restart
         self.register_buffer("codebook", F.normalize(torch.randn(codes, width), dim=1))
         self.register_buffer("usage", torch.zeros(codes))
         self.register_buffer("started", torch.tensor(False))
@@ -87,14 +94,19 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _start(self, flat: Float[Tensor, "n d"]) -> None:
-        """Take vectors at random, from torch's global generator, and move them by k-means."""
-        count, codes = len(flat), len(self.codebook)
-        picked = torch.randperm(count)[:codes] if count >= codes else torch.randint(count, (codes,))
-        self.codebook.copy_(flat[picked.to(flat.device)])
+        """Take vectors at random and move them by k-means; usage begins at how many each got."""
+        self.codebook.copy_(self._drawn(flat))
         for _ in range(ROUNDS):
             counts, means = self._means(flat, self._scores(flat).argmax(1))
             self.codebook.copy_(torch.where(counts[:, None] > 0, means, self.codebook))
+            self.usage.copy_(counts)
         self.started.fill_(True)
+
+    def _drawn(self, flat: Float[Tensor, "n d"]) -> Float[Tensor, "k d"]:
+        """Draw vectors, a code each, from torch's global generator; none twice where there are enough."""
+        count, codes = len(flat), len(self.codebook)
+        picked = torch.randperm(count)[:codes] if count >= codes else torch.randint(count, (codes,))
+        return flat[picked.to(flat.device)]
 
     @torch.no_grad()
     def _follow(self, flat: Float[Tensor, "n d"], chosen: Int[Tensor, " n"]) -> None:
@@ -102,6 +114,10 @@ class Quantizer(nn.Module):
         self.usage.lerp_(counts, 1 - self.decay)
         moved = F.normalize(self.codebook.lerp(means, 1 - self.decay), dim=1)
         self.codebook.copy_(torch.where(counts[:, None] > 0, moved, self.codebook))
+        if self.restart:
+            idle = self.usage < self.restart
+            self.codebook.copy_(torch.where(idle[:, None], self._drawn(flat), self.codebook))
+            self.usage.clamp_(min=self.restart)
 
     def _means(
         self, flat: Float[Tensor, "n d"], chosen: Int[Tensor, " n"]
@@ -118,7 +134,8 @@ class VectorQuantised(Autoencoder):
 
     quantizer: Quantizer
     advice = (
-        "lower codes, code_width or optim.lr, or raise optim.batch (the first one starts the codes) or optim.epochs"
+        "raise restart (1, say), lower codes, code_width or optim.lr, or raise optim.batch, which starts the codes, or "
+        "optim.epochs"
     )
 
     @abstractmethod

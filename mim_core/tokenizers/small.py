@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mim_core.tokenizers.dalle import Codes, Count, DiscreteVAE, Likelihood, centre, in_fp32
-from mim_core.tokenizers.quantizer import Commitment, Decay, Quantizer, VectorQuantised
+from mim_core.tokenizers.quantizer import Commitment, Decay, Quantizer, Usage, VectorQuantised
 
 Layers = Annotated[int, Field(gt=0, le=6)]
 Blocks = Annotated[int, Field(ge=0)]
@@ -103,8 +103,9 @@ class SmallDVAE(DiscreteVAE):
 class SmallVQ(VectorQuantised):
     """The quantised one: the encoder ends in vectors of `code_width`, each of which is replaced by the nearest code's.
 
-    Of BEiT v2's tokenizer it has the quantiser, with its `decay` and `commitment` (see `Quantizer`) and narrow codes,
-    and neither the transformers nor the teacher whose features those draw: it draws the image, under a `likelihood`.
+    Of BEiT v2's tokenizer it has the quantiser, with `decay`, `commitment` and `restart` (see `Quantizer`), and narrow
+    codes. It has neither the transformers nor the teacher whose features those draw: it draws the image, under a
+    `likelihood`.
     """
 
     def __init__(
@@ -118,13 +119,14 @@ class SmallVQ(VectorQuantised):
         blocks: Blocks = 1,
         decay: Decay = 0.99,
         commitment: Commitment = 1.0,
+        restart: Usage = 0.0,
         likelihood: Likelihood = "laplace",
     ) -> None:
         super().__init__()
         self.codes, self.stride, self.likelihood = codes, 2**layers, likelihood
         encoder, decoder = mirrored(channels, layers, width, code_width, blocks)
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(width, code_width, 1))
-        self.quantizer = Quantizer(codes, code_width, decay=decay, commitment=commitment)
+        self.quantizer = Quantizer(codes, code_width, decay=decay, commitment=commitment, restart=restart)
         self.decoder = nn.Sequential(*decoder, last(channels, width, likelihood))
 
     def encode(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d h w"]:
