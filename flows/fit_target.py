@@ -11,10 +11,12 @@ FITTING = Training(
     kind="targets",
     weights=("tokenizer.safetensors",),
     pictures={"gallery.png": "Images over what their tokens keep of them"},
-    metrics=("loss", "psnr", "codes_used", "perplexity", "kl", "steps", "images_seen", "seconds", "parameters"),
+    metrics=(
+        "loss", "psnr", "codes_used", "perplexity", "kl", "distance", "steps", "images_seen", "seconds", "parameters",
+    ),
     # Rows of targets.yaml may have the names of pretrain rows.
     artifacts="tokenizer-",
-)
+)  # fmt: skip
 
 
 def checked(row: str) -> Stage:

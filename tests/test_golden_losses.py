@@ -28,6 +28,7 @@ SMALL = {
     "swin": {"width": 16, "depths": [1, 1], "heads": [1, 2]},
     "conv": {"base": 8, "bottleneck": 16},
     "dvae_small": {"codes": 16, "width": 8, "code_width": 8},
+    "vq_small": {"codes": 16, "width": 8, "code_width": 4},
     "channelwise_decoder": {"base": 8},
     "transformer_decoder": {"width": 16, "depth": 1, "heads": 2},
 }
