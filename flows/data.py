@@ -116,36 +116,12 @@ def add(
         read, listed = _read(source, at, name, row, spoiled, say)
         if size is None and name not in rows:
             size = _fitting(read, at, form)
-        if size is not None:
-            row["source"]["size_px"][:] = size
+        height, width = _sized(row, size)
         rows[name] = row
-        archived = folder != source
-        needed = (1 if archived else 2) * sum(path.stat().st_size for path in read.files)
-        free = shutil.disk_usage(workspace.root()).free
-        if needed > free:
-            raise UserError(
-                f"{source}: a copy and DVC's cache need {needed >> 20} MiB, {free >> 20} are free; make room"
-            )
-        with _undone_on_failure(name) as work:
-            for path in read.files:
-                copy = work / "new" / path.relative_to(at)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(path, copy) if archived else shutil.copyfile(path, copy)
-            if workspace.data_folder(name).exists():
-                shutil.move(workspace.data_folder(name), work / "old")
-            shutil.move(work / "new", workspace.data_folder(name))
-            if trouble := dvc("add", "data")[1]:
-                raise UserError(f"data/{name}: DVC could not take it in, so all is put back; {trouble}")
-            write_rows()
-            if workspace.git("rev-parse") is not None and workspace.git("add", "--", *STAGED) is None:
-                raise UserError(
-                    "data.dvc: git could not stage it, so all is put back; end other git commands, try again"
-                )
-            md5 = guard()[name]
+        md5 = _take_in(source, read, at, name, write_rows)
     if form == "folder" and len(read.classes) > 1 and {label.lower() for label in read.classes} <= SPLIT_NAMES:
         found = f"{read.classes} look like splits"
         say(f"data/{name}: careful: each sub-folder is a class, and {found}; if so, add one of them")
-    height, width = row["source"]["size_px"]
     images, unlabelled = sum(read.counts.values()), sum(path.parent == at for path in read.files)
     labels = (
         f"{unlabelled} without a label" if form == "folder" else f"with {', '.join(read.annotations) or 'no labels'}"
@@ -166,6 +142,44 @@ def add(
         "size": (height, width),
         "md5": md5,
     }
+
+
+def _take_in(source: Path, read: Source, at: Path, name: str, write_rows: Callable[[], None]) -> str:
+    """Put the dataset's files under data/, pin them and write the rows; gives the folder's md5 as DVC counts it."""
+    own = not source.is_dir()  # an archive, unpacked here: its files may be moved
+    needed = (1 if own else 2) * sum(path.stat().st_size for path in read.files)
+    free = shutil.disk_usage(workspace.root()).free
+    if needed > free:
+        raise UserError(f"{source}: a copy and DVC's cache need {needed >> 20} MiB, {free >> 20} are free; make room")
+    with _undone_on_failure(name) as work:
+        for path in read.files:
+            copy = work / "new" / path.relative_to(at)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, copy) if own else shutil.copyfile(path, copy)
+        if workspace.data_folder(name).exists():
+            shutil.move(workspace.data_folder(name), work / "old")
+        shutil.move(work / "new", workspace.data_folder(name))
+        if trouble := dvc("add", "data")[1]:
+            raise UserError(f"data/{name}: DVC could not take it in, so all is put back; {trouble}")
+        write_rows()
+        if workspace.git("rev-parse") is not None and workspace.git("add", "--", *STAGED) is None:
+            raise UserError("data.dvc: git could not stage it, so all is put back; end other git commands, try again")
+        return guard()[name]
+
+
+def _sized(row: Any, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Write a size into a row, where there is one; gives the (height, width) that the row then has."""
+    from mim_core.data.sources import SOURCES
+    from mim_core.spec import pair
+
+    source = row["source"]
+    if size is not None and isinstance(source.get("size_px"), list):
+        source["size_px"][:] = size  # keeps the way in which it is written
+    elif size is not None:
+        source["size_px"] = list(size)
+    usual = inspect.signature(SOURCES[source["name"]]).parameters["size_px"].default
+    height, width = pair(source.get("size_px", usual))
+    return height, width
 
 
 def _check_arguments(source: Path, name: str, row: Any, form: str | None, replace: bool) -> None:

@@ -327,10 +327,15 @@ def test_replace_a_changed_dataset(project: Path, photos: Path) -> None:
     data.add(photos / "cat", "cats", (24, 40), quiet)
     assert "size_px: [24, 40]" in (project / "params" / "data.yaml").read_text()
     (project / "data" / "cats" / "0.jpg").write_bytes(b"broken")
+    rows = project / "params" / "data.yaml"
+    rows.write_text(rows.read_text().replace("size_px: [24, 40]", "size_px: 24"))
     with pytest.raises(UserError, match="--replace"):
         data.add(photos / "dog", "cats", None, quiet)
     result = data.add(photos / "dog", "cats", None, quiet, replace=True)
-    assert (result["classes"], result["unlabelled"], result["size"]) == ([], 3, (24, 40))
+    assert (result["classes"], result["unlabelled"], result["size"]) == ([], 3, (24, 24))
+    assert "size_px: 24," in rows.read_text()
+    data.add(photos / "dog", "cats", (16, 24), quiet, replace=True)
+    assert yaml.safe_load(rows.read_text())["data"]["cats"]["source"]["size_px"] == [16, 24]
     (project / "data" / "scenes" / "china.jpg").write_bytes(b"broken")
     before = state(project)
     with pytest.raises(UserError, match=r"changed: scenes/china.jpg"):
