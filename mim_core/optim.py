@@ -142,9 +142,10 @@ class Average:
 
     def begin(self) -> None:
         """Begin at the model's weights, which are on their device and stay where they are in memory from here on."""
-        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        moments = ("running_mean", "running_var")
         state = self.model.state_dict()
-        self.own = {name: one for name, one in state.items() if one.is_floating_point() and name not in frozen}
+        self.own = {name: one for name, one in state.items() if name in trained or name.endswith(moments)}
         self.values = {name: one.clone() for name, one in self.own.items()}
 
     @torch.no_grad()
