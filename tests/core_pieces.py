@@ -67,8 +67,8 @@ CLASSIFY = {
 }
 
 
-def source(size: tuple[int, int] = (16, 16), channels: int = 3, classes: int = 4) -> Source:
-    """Noise over a slope whose brightness tells the class."""
+def source(size: tuple[int, int] = (16, 16), channels: int = 3, classes: int = 4, objects: bool = False) -> Source:
+    """Noise over a slope whose brightness tells the class; with `objects`, a rectangle of each image counts as one."""
 
     def samples(split: str) -> Iterator[Sample]:
         rng = np.random.default_rng(list(COUNTS).index(split))
@@ -76,9 +76,19 @@ def source(size: tuple[int, int] = (16, 16), channels: int = 3, classes: int = 4
         for index in range(COUNTS[split]):
             label = index % classes
             image = 40 + 120 * label / classes + slope + rng.integers(0, 30, (channels, *size))
-            yield Sample(image.astype(np.uint8), label)
+            if not objects:
+                yield Sample(image.astype(np.uint8), label)
+                continue
+            instances = np.zeros(size, np.uint8)
+            instances[size[0] // 4 : size[0] // 2, size[1] // 4 : size[1] - 2] = 1
+            box = np.array([[size[1] // 4, size[0] // 4, size[1] - 2, size[0] // 2, label]], np.float32)
+            yield Sample(image.astype(np.uint8), label, boxes=box, instances=instances)
 
-    return Source([str(label) for label in range(classes)], COUNTS, samples, annotations=("labels",))
+    names = [str(label) for label in range(classes)]
+    if objects:
+        kinds = ("labels", "boxes", "instances")
+        return Source(names, COUNTS, samples, annotations=kinds, segments=["background", *names])
+    return Source(names, COUNTS, samples, annotations=("labels",))
 
 
 def tiny_pack(folder: Path, **changes: Any) -> Pack:
