@@ -49,7 +49,8 @@ def prepare(dataset: str) -> None:
     counts = "\n".join(f"| {split} | {count} |" for split, count in meta["counts"].items())
     create_markdown_artifact(
         f"**{dataset}** (md5 {meta['md5']}), {meta['size'][0]} x {meta['size'][1]} px, {meta['channels']} channels, "
-        f"{len(meta['classes'])} classes, {len(meta['quarantined'])} files quarantined"
+        f"{len(meta['classes'])} classes, {len(meta['quarantined'])} files quarantined, "
+        f"{sum(meta['left_out'].values())} boxes cut away by fitting to this size"
         f"\n\n| split | images |\n|---|---|\n{counts}",
         key=artifact_key("pack", dataset),
     )
