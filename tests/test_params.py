@@ -194,6 +194,12 @@ BAD: list[tuple[str, str, Any, str]] = [
         {**TUNED, "init": "one"},
         "later.init: found 'one';*move the row to 'downstream'",
     ),
+    (
+        "downstream",
+        "baselines.fresh",
+        {**CLASSIFY, "task": {"name": "segment", "head": "linear"}, "augment": {"erase": 0.25}},
+        "fresh.augment.erase: found it set; the boxes and masks of 'segment' cannot follow it; delete this key",
+    ),
     ("downstream", "downstream.tuned.lr_grid", [], "tuned.lr_grid: missing; the task 'classify' trains*"),
     ("downstream", "downstream.tuned.optim", DELETED, "tuned.optim: missing; the task 'classify' trains*"),
     (

@@ -229,6 +229,11 @@ def _trained(row: DownstreamRow) -> Iterator[str]:
             yield f"{key}: found one; the task '{row.task.name}' trains nothing; delete this key"
     if row.augment and not trains:
         yield f"augment: found one; the task '{row.task.name}' trains nothing; delete this key"
+    of_image = {"labels", "presence"} & set(TASKS[row.task.name].needs)  # type: ignore[attr-defined]
+    for key in ("randaugment", "erase"):
+        if row.augment and not of_image and getattr(row.augment, key):
+            beside = f"the boxes and masks of '{row.task.name}' cannot follow it"
+            yield f"augment.{key}: found it set; {beside}; delete this key"
 
 
 def _judges(row: DownstreamRow, params: Params, size: tuple[int, int]) -> list[str]:
