@@ -83,9 +83,10 @@ def told(clone: Clone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 
 def test_every_recipe_is_listed_with_its_rates(told: Told) -> None:
-    known = params.load_recipes(ROOT / "params").pretrained()
+    known = params.load_recipes(ROOT / "params")
     lines = {line.split()[0]: line for line in told("recipe").splitlines()}
-    assert list(lines) == list(known)
+    assert list(lines) == [*known.pretrained(), *known.judged()]
+    assert "segment (upernet) on ade20k_512, from beit_b16_800; 126.7 epochs" in lines["beit_b16_ade20k_upernet"]
     assert "random (0.75) x drop x vit (768, 12) x transformer_decoder x pixels (patch) x l2" in lines["mae_b16"]
     # 1.5e-4 for 256 images, at a batch of 4,096.
     assert "1600 epochs, batch 4,096, base lr 0.00015 for 256 images, lr 0.0024 at batch 4,096" in lines["mae_b16"]
@@ -106,6 +107,18 @@ def test_a_printed_recipe_is_the_row_itself(name: str, told: Told) -> None:
         (found,) = yaml.safe_load(block).values()
         wanted = {**known.targets[row.fitted].model_dump(mode="json"), "data": "scenes"}
         assert check(params.TargetRow, found, row.fitted).model_dump(mode="json") == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "section"), [("mae_b16_coco", "downstream"), ("deit_b16_ade20k_upernet", "supervised")]
+)
+def test_a_printed_recipe_of_a_task_is_the_row_itself(name: str, section: str, told: Told) -> None:
+    row = getattr(params.load_recipes(ROOT / "params"), section)[name]
+    printed = told("recipe", name, "--data", "scenes")
+    assert f"belongs below `{section}:` in params/downstream.yaml" in printed
+    (found,) = yaml.safe_load(printed).values()
+    wanted = {**row.model_dump(mode="json"), "data": "scenes"}
+    assert check(params.DownstreamRow, found, name).model_dump(mode="json") == wanted
 
 
 def test_a_recipe_says_what_it_comes_to_on_ones_own_images(told: Told) -> None:
