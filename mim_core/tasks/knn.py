@@ -116,10 +116,10 @@ class Knn:
         self.known = (images, chosen)
 
     def fetch(self, split: Split, augment: Augment | None, seed: int) -> Fetch:
-        raise NotImplementedError("nothing is trained")
+        raise AssertionError("nothing is trained: such rows have no optim")
 
     def losses(self, batch: Any, step: int) -> Iterator[tuple[str, Tensor]]:
-        raise NotImplementedError("nothing is trained")
+        raise AssertionError("nothing is trained: such rows have no optim")
 
     def logits(self, images: Tensor) -> Tensor:
         """Give the log of each class's share of the votes [b, k] on uint8 images [b, c, H, W]."""
