@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,22 +105,6 @@ def draw_recoveries(
         sheet.say(f"{kind.replace('_', ' ')}: masked, recovered", left, 34)
         paste(_masked(pictures), left)
         paste(pictures["composites"], left + cell.width + GAP)
-    return sheet.image
-
-
-def draw_labelled(
-    images: Sequence[Tensor], labels: Sequence[str], caption: str, note: str = "", tile: int = 112, across: int = 8
-) -> Image.Image:
-    """Lay pictures [c, H, W] in [0, 1] out, `across` a row, with a line of text below each."""
-    label, head = 20, 36
-    cell = Cell.of(images[0][None], tile) if images else Cell(0, tile)
-    rows = -(-len(images) // across)
-    sheet = Sheet(10 + across * (cell.width + 2 * GAP), head + rows * (cell.height + label), caption, note)
-    for index, (image, text) in enumerate(zip(images, labels, strict=True)):
-        row, column = divmod(index, across)
-        left, top = 10 + column * (cell.width + 2 * GAP), head + row * (cell.height + label)
-        sheet.paste(image, left, top, cell)
-        sheet.say(text, left, top + cell.height + 2)
     return sheet.image
 
 
