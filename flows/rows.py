@@ -36,6 +36,31 @@ def needs(row: str) -> list[str]:
     return found
 
 
+def points(ablation: str) -> list[dict[str, Any]]:
+    """Give an ablation's points: `label`, `values` by path, the whole `row`, and whether it is the `baseline`.
+
+    Raises UserError, as `load`.
+    """
+    found: list[dict[str, Any]] = _load()["points"][ablation]
+    return found
+
+
+def judges(stage: str, name: str) -> dict[str, Any]:
+    """Give the rows that judge an ablation's points (`stage` ablate) or a search's trials (search), whole.
+
+    Raises UserError, as `load`.
+    """
+    found: dict[str, Any] = _load()["judges"][f"{stage} {name}"]
+    return found
+
+
+def dataset(rows: Rows, params: Mapping[str, Any]) -> str:
+    """Name the dataset of a row: an ablation's and a search's is their base row's."""
+    if "base" in params:
+        params = find(rows, ("pretrain", "pretrain_fitted"), params["base"])
+    return str(params["data"])
+
+
 def _load() -> dict[str, Any]:
     folder = workspace.params_folder()
     key = hashlib.sha256(workspace.code_fingerprint().encode())
@@ -54,7 +79,7 @@ def _load() -> dict[str, Any]:
         found = params.load(folder)
     except spec.SpecError as error:
         raise workspace.UserError(str(error)) from None
-    content = {"key": key.hexdigest(), "rows": found.model_dump(mode="json"), "needs": params.needs(found)}
+    content = {"key": key.hexdigest(), "rows": found.model_dump(mode="json"), **params.derived(found)}
     # Not sorted: rows keep the order of their files, which tables and colours follow.
     write_atomically(kept, json.dumps(content))
     return content

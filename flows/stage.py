@@ -34,6 +34,14 @@ class Start:
     mend: str
     run: str = ""
 
+    def digest(self) -> str:
+        """Hash the file; raises UserError where it is missing."""
+        try:
+            with self.file.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise workspace.UserError(f"{self.file}: the {self.what} is missing; {self.mend}") from None
+
 
 def published(what: str, run: str, name: str, stage: str) -> Start:
     """Weights that the stage `stage` publishes as `name` in runs/<run>."""
@@ -77,7 +85,7 @@ class Stage:
         self.rows = rows.load()
         self.section = rows.section_of(self.rows, sections, row)
         self.params: dict[str, Any] = self.rows[self.section][row]
-        dataset = row if name == "prepare" else self.params["data"]
+        dataset = row if name == "prepare" else rows.dataset(self.rows, self.params)
         digests = data.guard()
         if dataset not in digests:
             raise workspace.UserError(
@@ -88,15 +96,8 @@ class Stage:
         self.pack = workspace.pack_folder(dataset)
         if name != "prepare" and not (self.pack / "meta.json").exists():
             raise workspace.UserError(f"packs/{dataset}: there is no pack; run `dvc repro prepare@{dataset}`")
-        self.start, begun_from = start_of(self.rows, self.section, self.params), ""
-        if self.start:
-            try:
-                with self.start.file.open("rb") as file:
-                    begun_from = hashlib.file_digest(file, "sha256").hexdigest()
-            except FileNotFoundError:
-                raise workspace.UserError(
-                    f"{self.start.file}: the {self.start.what} is missing; {self.start.mend}"
-                ) from None
+        self.start = start_of(self.rows, self.section, self.params)
+        begun_from = self.start.digest() if self.start else ""
         # What names the work: the same key means that a checkpoint of it can be gone on from.
         self.key = workspace.digest([name, row, self.params, self.data, workspace.code_fingerprint(), begun_from])
         self.state = workspace.jobs_folder() / f"{name}-{row}-{self.key[:16]}"

@@ -207,6 +207,41 @@ downstream:
     seeds: [0, 1]
     optim: {batch: 25, epochs: 2, layer_decay: 0.75}
 """,
+    "params/ablations.yaml": """\
+ablations_fitted:
+  targets:
+    base: simmim_vit
+    change: {optim.epochs: 1}
+    points:
+      pixels: {target: pixels}
+      tokens: {target: {name: tokens, fitted: codes}, loss: cross_entropy}
+    seeds: [0]
+    judges: {simmim_vit_2000: {lr_grid: [1.0e-3]}}
+ablations:
+  mask_ratio:
+    base: simmim_vit
+    change: {optim.epochs: 2}
+    grid: {mask.ratio: [0.3, 0.6, 0.9]}
+    seeds: [0, 1]
+    judges: {simmim_vit_2000: {lr_grid: [1.0e-3]}}
+""",
+    "params/search.yaml": """\
+search_fitted: {}
+search:
+  recipe:
+    base: simmim_vit
+    change: {optim.epochs: 2}
+    judge: {simmim_vit_2000: {lr_grid: [1.0e-3]}}
+    space:
+      mask.ratio: {low: 0.3, high: 0.9, step: 0.1}
+      head: [linear, mlp]
+    sampler: {name: random}
+    pruner: {name: asha, reduction: 2, labels: 64, evaluations: 2}
+    trials: 4
+    budget_device_hours: 1.0
+    seeds: [1, 2]
+    warm_start: [mask_ratio]
+""",
 }
 
 

@@ -65,6 +65,15 @@ CLASSIFY = {
     "optim": {**TUNE, "layer_decay": 0.75},
     "precision": "fp32",
 }
+ABLATION = {"base": "one", "grid": {"mask.ratio": [0.3, 0.6]}, "seeds": [0], "judges": {"tuned": {}}}
+SEARCH = {
+    "base": "one",
+    "judge": {"tuned": {"labels": 8}},
+    "space": {"mask.ratio": {"low": 0.3, "high": 0.9, "step": 0.1}, "head": ["linear", "mlp"]},
+    "trials": 4,
+    "budget_device_hours": 1.0,
+    "seeds": [1],
+}
 
 
 def source(size: tuple[int, int] = (16, 16), channels: int = 3, classes: int = 4, objects: bool = False) -> Source:

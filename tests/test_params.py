@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from core_pieces import CLASSIFY, ENCODER, FITTED, OPTIM, PALETTE, PRETRAIN, TARGET
+from core_pieces import ABLATION, CLASSIFY, ENCODER, FITTED, OPTIM, PALETTE, PRETRAIN, SEARCH, TARGET
 
 from mim_core.adversarial import Adversarial
 from mim_core.data.sources import SOURCES
@@ -48,6 +48,8 @@ def written(folder: Path, file: str = "data.yaml", path: str = "", value: Any = 
             "downstream": {"tuned": deepcopy(TUNED)},
             "continued": {},
         },
+        "ablations.yaml": {"ablations_fitted": {}, "ablations": {"ratio": deepcopy(ABLATION)}},
+        "search.yaml": {"search_fitted": {}, "search": {"recipe": deepcopy(SEARCH)}},
     }
     if path:
         at = files[file]

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field
 
+from mim_core.params.laboratory import laboratory
 from mim_core.params.relations import relations
-from mim_core.params.rows import DataRow, DownstreamRow, PretrainRow, TargetRow
+from mim_core.params.rows import AblationRow, DataRow, DownstreamRow, PretrainRow, SearchRow, TargetRow
 from mim_core.spec import SpecError, Strict, check
 
 
@@ -24,6 +26,10 @@ class Params(Strict):
     supervised: dict[str, DownstreamRow]
     downstream: dict[str, DownstreamRow]
     continued: dict[str, DownstreamRow]
+    ablations_fitted: dict[str, AblationRow] = Field(default_factory=dict)
+    ablations: dict[str, AblationRow] = Field(default_factory=dict)
+    search_fitted: dict[str, SearchRow] = Field(default_factory=dict)
+    search: dict[str, SearchRow] = Field(default_factory=dict)
 
     def judged(self) -> dict[str, DownstreamRow]:
         """All rows of downstream tasks together."""
@@ -32,6 +38,14 @@ class Params(Strict):
     def pretrained(self) -> dict[str, PretrainRow]:
         """All pretraining rows together."""
         return {**self.pretrain_fitted, **self.pretrain}
+
+    def ablated(self) -> dict[str, AblationRow]:
+        """All ablations together."""
+        return {**self.ablations_fitted, **self.ablations}
+
+    def searched(self) -> dict[str, SearchRow]:
+        """All searches together."""
+        return {**self.search_fitted, **self.search}
 
 
 Sections = tuple[str, ...]
@@ -43,6 +57,8 @@ FILES: dict[str, Sections] = {
     # DVC has no optional dependency, so rows whose target is fitted first have a section, and a stage, of their own.
     "pretrain.yaml": ("pretrain_fitted", "pretrain"),
     "downstream.yaml": JUDGED,
+    "ablations.yaml": ("ablations_fitted", "ablations"),
+    "search.yaml": ("search_fitted", "search"),
 }
 RECIPES: dict[str, Sections] = {
     "recipes.yaml": ("data", "targets", "pretrain_fitted", "pretrain", "baselines", "supervised", "downstream")
@@ -54,6 +70,10 @@ MODELS: dict[str, type[Strict]] = {
     "pretrain_fitted": PretrainRow,
     "pretrain": PretrainRow,
     **dict.fromkeys(JUDGED, DownstreamRow),
+    "ablations_fitted": AblationRow,
+    "ablations": AblationRow,
+    "search_fitted": SearchRow,
+    "search": SearchRow,
 }
 
 
@@ -88,7 +108,7 @@ def _load(folder: Path, files: Mapping[str, Sections]) -> Params:
                     faults.append(str(error))
     if not faults:
         params = Params(**rows)
-        faults = relations(params, places)
+        faults = relations(params, places) or laboratory(params, places)
         if not faults:
             return params
     raise SpecError("\n".join(faults))

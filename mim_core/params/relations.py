@@ -57,16 +57,16 @@ def relations(params: Params, places: Mapping[str, str]) -> list[str]:
             misplaced = _misplaced(section, name, row, params)
             faults += [f"{where}{fault}" for fault in misplaced]
             if size and not misplaced:
-                faults += [f"{where}.{fault}" for fault in _fits(row, size, params)]
+                faults += [f"{where}.{fault}" for fault in fits(row, size, params)]
     taken: dict[str, str] = {}
     for section in (one for one in STARTS if one in places):
         judged: dict[str, DownstreamRow] = getattr(params, section)
         for name, one in judged.items():
             where = f"{places[section]}.{name}"
             size = _size(params, one.data, where, faults)
-            faults += [f"{where}.{fault}" for fault in (*_starts(section, name, one, params), *_trained(one))]
+            faults += [f"{where}.{fault}" for fault in (*_starts(section, name, one, params), *trained(one))]
             if size:
-                faults += [f"{where}.{fault}" for fault in _judges(one, params, size)]
+                faults += [f"{where}.{fault}" for fault in judges(one, params, size)]
             if name in taken:
                 faults.append(f"{where}: '{taken[name]}' has a row of this name too; rename one")
             taken[name] = section
@@ -80,6 +80,11 @@ def _size(params: Params, data: str, where: str, faults: list[str]) -> tuple[int
             "(new images come in with `unmask data add FOLDER --name NAME`)"
         )
         return None
+    return size_of(params, data)
+
+
+def size_of(params: Params, data: str) -> tuple[int, int]:
+    """(height, width) in px of a dataset's images."""
     height, width = params.data[data].source.params()["size_px"]
     return height, width
 
@@ -119,7 +124,7 @@ def _misplaced(section: str, name: str, row: PretrainRow, params: Params) -> lis
     return []
 
 
-def _fits(row: PretrainRow, size: tuple[int, int], params: Params) -> list[str]:
+def fits(row: PretrainRow, size: tuple[int, int], params: Params) -> list[str]:
     """Build the model and draw masks, to find what does not divide and which pieces do not go together."""
     faults = _fault_of(row.encoder, size, "encoder")
     if faults:
@@ -220,7 +225,7 @@ def _encoder(row: DownstreamRow, params: Params) -> Piece | None:
     return None
 
 
-def _trained(row: DownstreamRow) -> Iterator[str]:
+def trained(row: DownstreamRow) -> Iterator[str]:
     trains = TASKS[row.task.name].trains  # type: ignore[attr-defined]
     for key, found in (("optim", row.optim is not None), ("lr_grid", bool(row.lr_grid))):
         if trains and not found:
@@ -236,7 +241,7 @@ def _trained(row: DownstreamRow) -> Iterator[str]:
             yield f"augment.{key}: found it set; {beside}; delete this key"
 
 
-def _judges(row: DownstreamRow, params: Params, size: tuple[int, int]) -> list[str]:
+def judges(row: DownstreamRow, params: Params, size: tuple[int, int]) -> list[str]:
     """Build the task on its encoder, to find what does not divide and which pieces do not go together."""
     piece = _encoder(row, params)
     if piece is None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mim_core.adversarial import Adversarial
 from mim_core.data.sources import SOURCES
@@ -16,7 +17,7 @@ from mim_core.heads import HEADS
 from mim_core.losses import LOSSES
 from mim_core.masks import MASKS
 from mim_core.optim import OPTIMISERS, SCHEDULES
-from mim_core.spec import OneOf, Piece, Strict, pair
+from mim_core.spec import OneOf, Piece, Strict, check, pair
 from mim_core.targets import TARGETS
 from mim_core.tasks import TASKS
 from mim_core.tokenizers import TOKENIZERS
@@ -186,3 +187,132 @@ class DownstreamRow(Strict):
     """Left out, as is `lr_grid`, by a task that trains nothing."""
     precision: Precision = "auto"
     checkpoint_minutes: Positive = 1.0
+
+
+Label = Annotated[str, Field(min_length=1, max_length=60)]
+Changes = Annotated[dict[Label, Any], Field(min_length=1)]
+"""A path with points (`mask.ratio`) to its new value: a number or a whole piece."""
+Axes = Annotated[dict[Label, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
+Judges = Annotated[dict[str, dict[Label, Any]], Field(min_length=1)]
+"""Downstream rows, each with what is changed in it."""
+
+
+class AblationRow(Strict):
+    """Points that differ from a base row in little, each pretrained and judged alike over the same seeds.
+
+    One of three says which: `grid` (all combinations of the axes' values), `zip` (the axes' values side by side),
+    `points` (by label, each with its own changes). Scores are of validation images: test images choose nothing.
+    """
+
+    base: str
+    """A pretrain row."""
+    change: dict[Label, Any] = Field(default_factory=dict)
+    """What is changed in every point, the baseline too: its budget, as a rule."""
+    grid: Axes | None = None
+    zip: Axes | None = None
+    points: Annotated[dict[Label, Changes], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    judges: Judges
+    scratch: bool = True
+    """Whether the judges judge the encoder from scratch too, as a reference."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> AblationRow:
+        given = [key for key in ("grid", "zip", "points") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"found {given or 'none'} of grid, zip and points; give exactly one")
+        if self.zip is not None and len({len(values) for values in self.zip.values()}) > 1:
+            counts = {path: len(values) for path, values in self.zip.items()}
+            raise ValueError(f"zip: found axes of unequal length {counts}; each needs as many values as the others")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: found {self.seeds}; one stands twice; delete it")
+        return self
+
+
+class Scale(Strict):
+    """A range of numbers to search in: by `step`, or on a logarithmic scale; whole numbers where all are whole."""
+
+    low: int | float
+    high: int | float
+    step: Annotated[int | float, Field(gt=0)] | None = None
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Scale:
+        if self.low >= self.high:
+            raise ValueError(f"found low {self.low} and high {self.high}; low must be below high")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("found log; a logarithmic scale begins above 0 and has no step")
+        return self
+
+
+class Sampler(Strict):
+    """What tries next; Optuna's, by its short name."""
+
+    name: Literal["tpe", "gp", "random", "qmc"] = "tpe"
+    startup: Whole = 8
+    """Trials drawn at random before the sampler learns from them (tpe, gp)."""
+
+
+class Pruner(Strict):
+    """What ends a trial early, by the accuracy of a probe while it pretrains: asynchronous halving or Hyperband.
+
+    A loss of reconstruction never does: it does not compare across targets and masks.
+    """
+
+    name: Literal["asha", "hyperband", "none"] = "asha"
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """One in so many trials goes on from each rung."""
+    labels: Whole = 1000
+    """Labelled images that the probe learns from."""
+    evaluations: Annotated[int, Field(ge=2)] = 4
+    """Probes in a trial's pretraining, evenly spaced; rungs lie on them."""
+
+
+def _entry(value: Any) -> Any:
+    """Read an entry of a search's space."""
+    if isinstance(value, Mapping) and {"low", "high"} & value.keys():
+        return check(Scale, value, "range")
+    if isinstance(value, list) and len(value) > 1:
+        return value
+    named = isinstance(value, Mapping) and all(isinstance(one, Mapping) and one for one in value.values())
+    if named and len(value) > 1:
+        return value
+    raise ValueError(
+        f"found {value!r}; give a range {{low, high}}, a list of two values or more, or two labels or more, each with "
+        "its changes"
+    )
+
+
+class SearchRow(Strict):
+    """A search over pieces and numbers of a base row, judged on validation images by one downstream row.
+
+    The best row is pretrained again with fresh `seeds` beside the base row and scored once on test images.
+    """
+
+    base: str
+    change: dict[Label, Any] = Field(default_factory=dict)
+    judge: Annotated[Judges, Field(max_length=1)]
+    space: Annotated[dict[Label, Annotated[Any, AfterValidator(_entry)]], Field(min_length=1)]
+    """A path to a range or to a list of values; or a name to several choices by label, each with its changes."""
+    sampler: Sampler = Sampler()
+    pruner: Pruner = Pruner()
+    trials: Whole
+    budget_device_hours: Positive
+    """What all of it may cost, the final comparison with it; the device is all of the machine, or one GPU."""
+    seed: Seed = 0
+    """Of the trials and the sampler."""
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    """Of the final comparison."""
+    warm_start: list[str] = Field(default_factory=list)
+    """Ablations whose points the sampler is told of first."""
+    storage: str | None = None
+    """Address of a database for several machines; a file of this repository's where it is left out."""
+
+    @model_validator(mode="after")
+    def _fresh(self) -> SearchRow:
+        if self.seed in self.seeds:
+            raise ValueError(
+                f"seeds: found {self.seeds}, the trials' {self.seed} among them; the last comparison needs fresh ones"
+            )
+        return self
