@@ -6,6 +6,7 @@ the other's files whole, and a worker imports torch while the parent still impor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -21,8 +22,11 @@ from flows import workspace
 
 Span = tuple[float, float]
 """When work began and ended, in seconds of the epoch."""
-Watch = Callable[[list[dict[str, float]]], None]
+Watch = Callable[[list[dict[str, float]]], bool | None]
+"""Gets the new lines of a job's curve; True asks the job to stop."""
 POLL_SECONDS = 0.5
+STOP_SECONDS = 5.0
+"""How long a job may take to write its checkpoint before its process is killed: the last checkpoint is gone on from."""
 
 
 class JobDiedError(RuntimeError):
@@ -32,6 +36,14 @@ class JobDiedError(RuntimeError):
 
 class JobFailedError(workspace.UserError):
     """A job ended with an error that a retry would meet again."""
+
+
+class StoppedError(Exception):
+    """A job was asked to stop and did after `step` steps, with a checkpoint: the same job goes on from there."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}; the same command goes on from there")
+        self.step = step
 
 
 class Worker:
@@ -59,6 +71,7 @@ class Worker:
                 # A Ctrl-C at the terminal is the parent's to handle; the worker ends with it.
                 start_new_session=True,
             )
+        self.busy, self.sending = False, threading.Lock()
         self.answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -69,45 +82,85 @@ class Worker:
         self.answers.put("")
 
     def run(self, job: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
-        """Run a job to its end; `watch` gets the new lines of its curve as they come."""
+        """Run a job to its end; `watch` gets the new lines of its curve as they come.
+
+        Raises StoppedError where the job stopped before its end. Where `watch` raises, or this process is interrupted,
+        the job stops first: what is raised comes out when its checkpoint is there.
+        """
         folder = Path(job["folder"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "worker.pid").write_text(str(self.process.pid))
         tail = Tail(folder / "curve.jsonl")
-        assert self.process.stdin
+        self.busy = True
         try:
-            self.process.stdin.write(json.dumps({**job, "threads": self.threads}) + "\n")
-            self.process.stdin.flush()
+            self._send({**job, "threads": self.threads})
+            while True:
+                try:
+                    answer = self.answers.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    if watch(tail.read()):
+                        self.stop_job()
+                    continue
+                break
+            self.busy = False
+            watch(tail.read())
+            return self._result(answer, folder)
         except BrokenPipeError:
             raise self._died(folder) from None
-        while True:
-            try:
-                answer = self.answers.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                watch(tail.read())
-                continue
-            watch(tail.read())
-            if not answer:
-                raise self._died(folder)
-            said = json.loads(answer)
-            if "error" in said:
-                with self.log.open("a") as log:
-                    log.write(said["traceback"])
-                raise JobFailedError(f"{folder.name}: {said['error']} (details in {self.log})")
-            self.spans.append((said["span"][0], said["span"][1]))
-            return dict(said["result"])
+        finally:
+            if self.busy:
+                self._settle()
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        assert self.process.stdin
+        with self.sending:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+
+    def _result(self, answer: str, folder: Path) -> dict[str, Any]:
+        if not answer:
+            raise self._died(folder)
+        said = json.loads(answer)
+        if "error" in said:
+            with self.log.open("a") as log:
+                log.write(said["traceback"])
+            raise JobFailedError(f"{folder.name}: {said['error']} (details in {self.log})")
+        self.spans.append((said["span"][0], said["span"][1]))
+        if "stopped" in said:
+            raise StoppedError(said["stopped"])
+        return dict(said["result"])
+
+    def stop_job(self) -> None:
+        """Ask the present job to stop after a checkpoint; a job that trains nothing goes on."""
+        with contextlib.suppress(BrokenPipeError):
+            self._send({"stop": True})
+
+    def _settle(self) -> None:
+        """Stop the present job, whose result nobody waits for any more."""
+        self.stop_job()
+        try:
+            dead = not self.answers.get(timeout=STOP_SECONDS)
+        except queue.Empty:
+            self.process.kill()
+            dead = True
+        if dead:
+            self.process.wait()
+        self.busy = False
 
     def _died(self, folder: Path) -> JobDiedError:
         code = self.process.wait()
         return JobDiedError(f"{folder.name}: the training process ended with code {code} (its log: {self.log})")
 
-    def stop(self) -> None:
+    def close(self) -> None:
+        """End the process."""
         if self.process.stdin:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
         try:
-            self.process.wait(10)
+            self.process.wait(2 * STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
 
 
 class Workers:
@@ -117,25 +170,43 @@ class Workers:
         """Start `count` workers of `threads` each; when jobs ran is noted in `spans`."""
         self.threads, self.spans = threads, spans
         self.log = workspace.home() / "logs" / f"{name}.log"
+        self.all = [Worker(threads, self.log, spans) for _ in range(count)]
         self.idle: queue.Queue[Worker] = queue.Queue()
-        self.count = count
-        for _ in range(count):
-            self.idle.put(Worker(threads, self.log, spans))
-
-    def run(self, job: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
-        """Run a job on the next idle worker; a worker that died is replaced."""
-        worker = self.idle.get()
-        try:
-            return worker.run(job, watch)
-        except JobDiedError:
-            worker = Worker(self.threads, self.log, self.spans)
-            raise
-        finally:
+        self.stopping = False
+        for worker in self.all:
             self.idle.put(worker)
 
+    def run(self, job: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
+        """Run a job on the next idle worker; a worker that died is replaced.
+
+        Raises StoppedError where the job was asked to stop (by `watch`, by `stop_jobs`, or by a signal to its
+        process), JobDiedError, JobFailedError.
+        """
+        worker = self.idle.get()
+        try:
+            if self.stopping:
+                raise StoppedError(0)
+            return worker.run(job, watch)
+        finally:
+            if worker.process.poll() is not None and not self.stopping:
+                self.all.remove(worker)
+                worker = Worker(self.threads, self.log, self.spans)
+                self.all.append(worker)
+            self.idle.put(worker)
+
+    def stop_jobs(self) -> None:
+        """Ask all running jobs to stop after a checkpoint; jobs that wait for a worker run."""
+        for worker in self.all:
+            if worker.busy:
+                worker.stop_job()
+
     def stop(self) -> None:
-        for _ in range(self.count):
-            self.idle.get().stop()
+        """End the workers: running jobs leave a checkpoint, and jobs that wait are not begun."""
+        self.stopping = True
+        self.stop_jobs()
+        wait_until(lambda: not any(worker.busy for worker in self.all), STOP_SECONDS)
+        for worker in self.all:
+            worker.close()
 
 
 def cores() -> int:

@@ -28,6 +28,14 @@ class NonFiniteLossError(RuntimeError):
     """A loss was NaN or infinite; the message gives the steps between which it went wrong."""
 
 
+class StoppedError(Exception):
+    """Training was asked to stop and did, after `step` steps, with a checkpoint of them."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}, with a checkpoint")
+        self.step = step
+
+
 def due(step: int, every: int, total: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens after `step` steps."""
     return step == total or (every > 0 and step % every == 0)
@@ -43,17 +51,22 @@ def train(
     steps: int,
     report: Callable[[int, Scalars], None],
     report_every: int,
-    save: Callable[[int], None],
+    save: Callable[[int, bool], None],
     save_every: int,
     evaluate: Callable[[int], Scalars],
     evaluate_every: int,
+    stop: Callable[[], bool] = lambda: False,
+    window: dict[str, Tensor] | None = None,
 ) -> None:
     """Train from `start` steps done to `steps` done; `batches` begin with the batch of step `start`.
 
-    Raises NonFiniteLossError. Reported scalars are means over the steps since the last report.
+    Reported scalars are means over the steps since the last report; `window` holds their sums, and those that a stop
+    between two reports left, so that what is reported is the same. `save` gets the steps done and whether it must
+    write now. Raises NonFiniteLossError; StoppedError where `stop` becomes true, which is asked after each step, so
+    that an evaluation is finished first.
     """
-    window: dict[str, Tensor] = {}
-    since, images, begun = start, 0, time.perf_counter()
+    window = {} if window is None else window
+    since, images, begun = start - (start % report_every if window else 0), 0, time.perf_counter()
     for step, batch in enumerate(batches, start):
         # Dropout and drop path draw from a stream that the step alone names, so a resume needs no generator state.
         torch.manual_seed(seed << 32 | step)
@@ -74,14 +87,18 @@ def train(
             _check_finite(scalars, since, done)
             scalars |= {"lr": players["model"].rate(step), "images_per_s": images / (time.perf_counter() - begun)}
             report(done, scalars)
-            window, since = {}, done
+            window.clear()
+            since = done
             images, begun = 0, time.perf_counter()
         if due(done, evaluate_every, steps):
             paused = time.perf_counter()
             report(done, evaluate(done))
             begun += time.perf_counter() - paused
-        if due(done, save_every, steps):
-            save(done)
+        stopped = done < steps and stop()
+        if stopped or due(done, save_every, steps):
+            save(done, stopped)
+        if stopped:
+            raise StoppedError(done)
         if done == steps:
             return
 

@@ -94,7 +94,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
 @pytest.fixture(scope="module", autouse=True)
 def servers() -> Iterator[list[subprocess.Popen[str]]]:
     """Servers of jobs, started early: they import while other tests run."""
-    started = [python("-m", "mim_core.jobs") for _ in range(len(ROWS) + 1)]
+    started = [python("-m", "mim_core.jobs") for _ in range(len(ROWS) + 3)]
     yield started.copy()
     for process in started:
         with process:
@@ -311,6 +311,69 @@ def test_a_job_killed_at_any_step_ends_bit_for_bit_as_one_that_was_not(
     assert seconds == sorted(seconds)
 
 
+def ask(process: subprocess.Popen[str], wire: dict[str, Any]) -> dict[str, Any]:
+    send(process, wire)
+    return answer(process)
+
+
+def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout
+    return dict(json.loads(process.stdout.readline()))
+
+
+@pytest.mark.parametrize("by", ["signal", "line"])
+def test_a_job_that_is_stopped_goes_on_bit_for_bit_and_its_process_serves_on(
+    tmp_path: Path, pack: Pack, servers: list[subprocess.Popen[str]], by: str
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    # Two steps a report, so that some stops fall between two; and no checkpoint but at a stop and the end.
+    slow = {"optim": {**OPTIM, "epochs": 50}, "checkpoint_minutes": 1000.0}
+    result = json.loads(json.dumps(perform(job("pretrain", pack, whole, **slow))))
+    process, stops = servers.pop(), []
+    for _ in range(2):
+        send(process, job("pretrain", pack, broken, **slow))
+        wait_for_step(broken, (stops[-1] if stops else 0) + random.randint(1, 30))
+        if by == "signal":
+            process.send_signal(signal.SIGTERM)
+        else:
+            send(process, {"stop": True})
+        stops.append(answer(process)["stopped"])
+        found = checkpoint.latest(broken / "checkpoints")
+        assert found
+        assert checkpoint.load(found)[0]["step"] == stops[-1]
+    assert sorted(set(stops)) == stops
+    if by == "signal":  # with nothing to stop it is forgotten
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    again = ask(process, job("pretrain", pack, broken, **slow))["result"]
+    for product in PRODUCTS["pretrain"]:
+        assert (whole / product).read_bytes() == (broken / product).read_bytes(), f"stopped at {stops}"
+    for key in ("loss", "grad_norm", "lr", "validation_loss"):
+        assert curve(broken, key) == curve(whole, key), f"{key}, stopped at {stops}"
+    timed = {"seconds", "images_per_s"}
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in result.items() if k not in timed}
+
+
+def test_what_trains_nothing_is_not_stopped(tmp_path: Path, pack: Pack, servers: list[subprocess.Popen[str]]) -> None:
+    palette = {**job("fit_target", pack, tmp_path), "row": PALETTE}
+    process = servers[0]
+    send(process, palette)
+    send(process, {"stop": True})
+    assert answer(process)["result"]["steps"] == 1
+
+
+def test_two_processes_do_not_work_in_one_folder(
+    tmp_path: Path, pack: Pack, servers: list[subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(servers[0], job("pretrain", pack, tmp_path, optim={**OPTIM, "epochs": 2000}))
+    wait_for_step(tmp_path, 1)
+    monkeypatch.setattr("mim_core.jobs.STOP_SECONDS", 0.1)
+    with pytest.raises(ValueError, match="another process works on this job"):
+        perform(job("pretrain", pack, tmp_path))
+    send(servers[0], {"stop": True})
+    assert answer(servers[0])["stopped"] > 0
+
+
 def test_a_server_answers_each_job_and_ends_when_its_parent_does(
     tmp_path: Path, pack: Pack, servers: list[subprocess.Popen[str]]
 ) -> None:
@@ -318,28 +381,28 @@ def test_a_server_answers_each_job_and_ends_when_its_parent_does(
     assert process.stdin
     assert process.stdout
 
-    def ask(wire: dict[str, Any]) -> dict[str, Any]:
-        send(process, wire)
-        assert process.stdout
-        return dict(json.loads(process.stdout.readline()))
-
     bad_row = job("pretrain", pack, tmp_path / "bad")
     bad_row["row"] = {**bad_row["row"], "mask": "randon"}
-    answer = ask(bad_row)
-    assert answer["error"].startswith("row.mask.name: 'randon' is not one of ")
-    assert "SpecError" in answer["traceback"]
-    answer = ask(job("downstream", pack, tmp_path / "greedy", labels=1000))
-    assert answer["error"] == "labels: found 1000; the training split has 64 labelled images; lower it"
-    answer = ask({**job("pretrain", pack, tmp_path / "nowhere"), "pack": str(tmp_path / "none")})
-    assert "there is no pack here" in answer["error"]
+    said = ask(process, bad_row)
+    assert said["error"].startswith("row.mask.name: 'randon' is not one of ")
+    assert "SpecError" in said["traceback"]
+    said = ask(process, job("downstream", pack, tmp_path / "greedy", labels=1000))
+    assert said["error"] == "labels: found 1000; the training split has 64 labelled images; lower it"
+    said = ask(process, {**job("pretrain", pack, tmp_path / "nowhere"), "pack": str(tmp_path / "none")})
+    assert "there is no pack here" in said["error"]
 
     begun = time.time()
-    answer = ask(job("pretrain", pack, tmp_path / "good", optim=OPTIM))
-    assert answer["result"]["steps"] == 20
-    assert begun <= answer["span"][0] <= answer["span"][1] <= time.time()
+    said = ask(process, job("pretrain", pack, tmp_path / "good", optim=OPTIM))
+    assert said["result"]["steps"] == 20
+    assert begun <= said["span"][0] <= said["span"][1] <= time.time()
 
-    send(process, job("pretrain", pack, tmp_path / "endless", optim={**OPTIM, "epochs": 2000}))
+    send(process, job("pretrain", pack, tmp_path / "endless", optim={**OPTIM, "epochs": 2000}, checkpoint_minutes=9.0))
     wait_for_step(tmp_path / "endless", 1)
+    done = checkpoint.latest(tmp_path / "endless" / "checkpoints")
     process.stdin.close()
     assert process.wait(30) == 0
     assert not process.stdout.read()
+    last = checkpoint.latest(tmp_path / "endless" / "checkpoints")
+    assert last != done
+    assert last
+    assert checkpoint.load(last)[0]["step"] >= read_curve(tmp_path / "endless" / "curve.jsonl")[-1]["step"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_core.optim import Player, adamw, param_groups
-from mim_core.train import NonFiniteLossError, Scalars, due, train
+from mim_core.train import NonFiniteLossError, Scalars, StoppedError, due, train
 
 
 def player(weight: nn.Parameter, rate: float = 0.1) -> Player:
@@ -30,7 +30,14 @@ class Listed:
         yield "model", self.weight * 0 + torch.tensor(batch).mean()
 
 
-def run(batches: list[list[float]], start: int = 0, steps: int = 6, **every: int) -> tuple[list[Any], list[Any]]:
+def run(
+    batches: list[list[float]],
+    start: int = 0,
+    steps: int = 6,
+    stop_after: int = 99,
+    window: dict[str, Tensor] | None = None,
+    **every: int,
+) -> tuple[list[Any], list[Any]]:
     """Train on listed losses; gives the reports and all events."""
     events: list[Any] = []
     reports: list[tuple[int, Scalars]] = []
@@ -53,10 +60,12 @@ def run(batches: list[list[float]], start: int = 0, steps: int = 6, **every: int
         steps=steps,
         report=report,
         report_every=every.get("report", 2),
-        save=lambda step: events.append(("save", step)),
+        save=lambda step, now: events.append(("save now" if now else "save", step)),
         save_every=every.get("save", 3),
         evaluate=evaluate,
         evaluate_every=every.get("evaluate", 4),
+        stop=lambda: len([name for name, *_ in events if name == "losses"]) >= stop_after,
+        window=window,
     )
     return reports, events
 
@@ -104,6 +113,25 @@ def test_the_loop_takes_no_more_batches_than_steps() -> None:
     assert events[-1] == ("save", 3)
 
 
+def test_a_stop_saves_at_once_and_the_rest_reports_as_the_whole() -> None:
+    batches = [[float(step)] for step in range(6)]
+    whole, _ = run(batches, report=4)
+    window: dict[str, Tensor] = {}
+    with pytest.raises(StoppedError, match="after step 2") as stopped:
+        run(batches, stop_after=2, window=window, report=4)
+    assert stopped.value.step == 2
+    assert window["loss"].item() == 0 + 1
+    rest, events = run(batches[2:], start=2, window=window, report=4)
+    timed = "images_per_s"
+    assert [(step, {**one, timed: 0}) for step, one in rest] == [(step, {**one, timed: 0}) for step, one in whole]
+    assert ("save now", 2) not in events
+
+
+def test_a_stop_at_the_last_step_is_the_end() -> None:
+    _, events = run([[0.0]] * 6, stop_after=6)
+    assert events[-1] == ("save", 6)
+
+
 @pytest.mark.parametrize(("step", "every", "total", "is_due"), [
     (4, 2, 9, True), (5, 2, 9, False), (9, 2, 9, True), (9, 0, 9, True), (4, 0, 9, False),
 ])  # fmt: skip
@@ -144,7 +172,7 @@ def test_two_players_step_in_turn_and_each_loss_comes_after_the_last_step() -> N
         steps=2,
         report=lambda step, scalars: reports.append(scalars),
         report_every=1,
-        save=lambda step: None,
+        save=lambda step, now: None,
         save_every=0,
         evaluate=lambda step: {},
         evaluate_every=0,

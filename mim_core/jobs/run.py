@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mim_core import checkpoint, devices
@@ -23,6 +24,18 @@ from mim_core.spec import Piece, bind, build
 from mim_core.train import Objective, Scalars, train
 
 REPORTS = 100
+WINDOW = "window"
+"""The name among a checkpoint's players of the sums since the last report."""
+
+
+@dataclass
+class Stop:
+    """Whether the job that this process has at present is asked to stop; a process has one job at a time."""
+
+    asked: bool = False
+
+
+STOP = Stop()
 
 
 @dataclass
@@ -37,6 +50,7 @@ class Run:
     seconds: float = 0.0
     begun: float = field(default_factory=time.perf_counter)
     saved: float = field(default_factory=time.perf_counter)
+    window: dict[str, Tensor] = field(default_factory=dict)
 
     def resume(self) -> int:
         """Load the newest checkpoint, cut the curve back to it, and give the steps done."""
@@ -51,6 +65,7 @@ class Run:
             self.model.load_state_dict({**self._frozen(), **weights})
             for name, player in self.players.items():
                 player.load_state_dict(players[name])
+            self.window = {name: one.to(_device(self.model)) for name, one in players[WINDOW].items()}
             step, self.seconds = about["step"], about["seconds"]
         curve = self.folder / "curve.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_curve(curve) if line["step"] <= step]
@@ -70,16 +85,17 @@ class Run:
         with (self.folder / "curve.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint where its minutes have passed, and at the end.
+    def save(self, step: int, now: bool = False) -> None:
+        """Write a checkpoint where its minutes have passed, at the end, and `now` where that is asked for.
 
         Frozen parameters are not written: they are there before a resume as they were at the start.
         """
-        if step < self.steps and time.perf_counter() - self.saved < self.minutes * 60:
+        if not now and step < self.steps and time.perf_counter() - self.saved < self.minutes * 60:
             return
         frozen = self._frozen()
         weights = {name: one for name, one in self.model.state_dict().items() if name not in frozen}
         players = {name: player.state_dict() for name, player in self.players.items()}
+        players[WINDOW] = {name: one.cpu() for name, one in self.window.items()}
         checkpoint.save(self.folder / "checkpoints", step, weights, players, {"seconds": self.elapsed()})
         self.saved = time.perf_counter()
 
@@ -91,7 +107,10 @@ class Run:
         evaluate: Callable[[int], Scalars],
         evaluations: int,
     ) -> None:
-        """Train from the newest checkpoint to the end; averaged weights are evaluated, and stay in the model."""
+        """Train from the newest checkpoint to the end; averaged weights are evaluated, and stay in the model.
+
+        Raises StoppedError where `STOP` asks for it, after a checkpoint.
+        """
         start = self.resume()
         every = max(1, self.steps // REPORTS)
         averages = [player.average for player in self.players.values() if player.average]
@@ -115,9 +134,15 @@ class Run:
             save_every=every,
             evaluate=judge,
             evaluate_every=max(1, self.steps // evaluations),
+            stop=lambda: STOP.asked,
+            window=self.window,
         )
         for average in averages:
             average.wear()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def player(
