@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from mim_core.metrics.pictures import hole_psnr
 from mim_core.optim import Player, adamw
 from mim_core.params import PretrainRow, TokenizerOf
 from mim_core.pretext import Box, Masked, MaskedFetch, MaskedModel, Pretext, Scope, assemble, hole
+from mim_core.probing import Linear, Probing
 from mim_core.spec import bind, build, check
 from mim_core.tokenizers import TOKENIZERS
 from mim_core.train import Scalars
@@ -32,14 +35,25 @@ MEASURED = 256
 """Masks over which hidden share and average distance are taken."""
 
 
-def pretrain(row: PretrainRow, pack: Pack, folder: Path, seed: int, fitted: Path | None = None) -> dict[str, Any]:
+def pretrain(
+    row: PretrainRow,
+    pack: Pack,
+    folder: Path,
+    seed: int,
+    fitted: Path | None = None,
+    probe: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Pretrain a row; products: encoder, whole model, gallery, recovery.
 
-    `fitted` is the file of the tokenizer that the target needs. Gives the final scalars: losses, hole-only PSNR in dB
-    on validation images where the target is a picture, share of the pixels hidden, SimMIM's AvgDist in px, seconds,
-    images seen.
+    `fitted` is the file of the tokenizer that the target needs. `probe`, in the words of `Probing`, has a linear
+    classifier judge the encoder on the way: `probe_score` of some of the curve's lines; what is trained is the same
+    with it. Gives the final scalars: losses, hole-only PSNR in dB on validation images where the target is a picture,
+    share of the pixels hidden, SimMIM's AvgDist in px, seconds, images seen. Raises ValueError for a probe that the
+    dataset has no labels for.
     """
     compute = devices.choose(precision=row.precision)
+    probing = check(Probing, dict(probe), "probe") if probe is not None else None
+    linear = Linear(pack, probing.labels, seed, compute) if probing else None
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(fitted, pack.channels) if fitted else None
     model, target = assemble(row, pack.size, pack.channels, pack.mean, pack.std, tokenizer)
@@ -61,6 +75,8 @@ def pretrain(row: PretrainRow, pack: Pack, folder: Path, seed: int, fitted: Path
     compute.prepare(trained)
     target.to(compute.device)
     run = Run(folder, trained, players, steps, row.checkpoint_minutes)
+    # A multiple of the probes, so that each falls on an evaluation.
+    evaluations = probing.evaluations * math.ceil(EVALUATIONS / probing.evaluations) if probing else EVALUATIONS
 
     def evaluate(step: int) -> Scalars:
         trained.eval()
@@ -70,6 +86,8 @@ def pretrain(row: PretrainRow, pack: Pack, folder: Path, seed: int, fitted: Path
         scalars = {"validation_loss": value.item()}
         if target.recovers:
             scalars["hole_psnr"] = hole_psnr(pictures["composites"], pictures["originals"], pictures["hidden"])
+        if probing and linear and probing.due(step, steps, max(1, steps // evaluations)):
+            scalars |= linear.score(encoder)
         if step == steps:
             _draw(row, target, pictures, scalars.get("hole_psnr"), folder / "gallery.png")
             recovered = recoveries(objective, held, seed)
@@ -80,7 +98,7 @@ def pretrain(row: PretrainRow, pack: Pack, folder: Path, seed: int, fitted: Path
 
     batch = min(row.optim.batch, len(images))
     order = Order(np.arange(len(images)), batch, seed, 0, steps)
-    run.train(objective, MaskedFetch(images, encoder.grid, mask, row.augment, seed), order, evaluate, EVALUATIONS)
+    run.train(objective, MaskedFetch(images, encoder.grid, mask, row.augment, seed), order, evaluate, evaluations)
     head = about(row.encoder, pack)
     checkpoint.write_weights(folder / "encoder.safetensors", encoder.state_dict(), head)
     checkpoint.write_weights(folder / "model.safetensors", model.state_dict(), {"row": row.model_dump(mode="json")})
