@@ -44,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--no-open", action="store_true", help="print the addresses only")
     add("check", _check, "check every row of params/")
     add("report", _report, "build the report of all published results")
+    for stage, text in (
+        ("ablate", "run an ablation of params/ablations.yaml, and print its table"),
+        ("search", "run a search of params/search.yaml, and print what it found"),
+    ):
+        sub = add(stage, _laboratory, text)
+        sub.add_argument("name", metavar="NAME")
+        sub.set_defaults(stage=stage)
     recipe = add(
         "recipe", _recipe, "list the papers' full-size recipes, or print one as a row for params/pretrain.yaml"
     )
@@ -108,6 +115,14 @@ def _demo(_: argparse.Namespace) -> None:
     from flows.demo import demo
 
     demo(Console())
+
+
+def _laboratory(parsed: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from flows.laboratory import run
+
+    run(Console(), parsed.stage, parsed.name)
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -59,9 +59,14 @@ def learn(stage: Stage, workers: Workers, record: Any, bar: Bar, lr: float, seed
 def checked(row: str) -> Stage:
     """Check all that can be checked before work starts, annotations and the file of weights too; raises UserError."""
     stage = Stage("downstream", row, tuple(rows.JUDGED), encoder_of)
-    meta = json.loads((stage.pack / "meta.json").read_text())
-    name, needs = stage.params["task"]["name"], rows.needs(stage.row)
-    where, dataset = f"downstream.yaml: {stage.section}.{stage.row}", stage.data["name"]
+    check_labels(stage.params, rows.needs(row), stage.pack, f"downstream.yaml: {stage.section}.{row}")
+    return stage
+
+
+def check_labels(row: Point, needs: Sequence[str], pack: Path, where: str) -> None:
+    """Check that a pack has the annotations and labels that a downstream row needs; raises UserError."""
+    meta = json.loads((pack / "meta.json").read_text())
+    name, dataset = row["task"]["name"], row["data"]
     if not set(needs) & set(meta["annotations"]):
         raise workspace.UserError(
             f"{where}.data: the dataset '{dataset}' is annotated with {meta['annotations'] or 'nothing'}; the task "
@@ -74,12 +79,11 @@ def checked(row: str) -> Stage:
                 f"{where}: the dataset '{dataset}' has no labelled {split} images; '{name}' needs them; give its row "
                 "of params/data.yaml shares for validation and test (a folder has labels where it has sub-folders)"
             )
-    labels = stage.params["labels"]
+    labels = row["labels"]
     if labels and labels > there["train"]:
         raise workspace.UserError(
             f"{where}.labels: found {labels}; the training split has {there['train']} labels; lower it"
         )
-    return stage
 
 
 @task(cache_policy=NO_CACHE)

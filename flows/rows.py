@@ -54,13 +54,6 @@ def judges(stage: str, name: str) -> dict[str, Any]:
     return found
 
 
-def dataset(rows: Rows, params: Mapping[str, Any]) -> str:
-    """Name the dataset of a row: an ablation's and a search's is their base row's."""
-    if "base" in params:
-        params = find(rows, ("pretrain", "pretrain_fitted"), params["base"])
-    return str(params["data"])
-
-
 def _load() -> dict[str, Any]:
     folder = workspace.params_folder()
     key = hashlib.sha256(workspace.code_fingerprint().encode())

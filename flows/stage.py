@@ -85,7 +85,7 @@ class Stage:
         self.rows = rows.load()
         self.section = rows.section_of(self.rows, sections, row)
         self.params: dict[str, Any] = self.rows[self.section][row]
-        dataset = row if name == "prepare" else rows.dataset(self.rows, self.params)
+        dataset = row if name == "prepare" else self.params["data"]
         digests = data.guard()
         if dataset not in digests:
             raise workspace.UserError(

@@ -66,9 +66,10 @@ class Record:
             warnings.warn(f"MLflow does not answer, the run goes on without it: {self.lost}", stacklevel=2)
             return None
 
-    def child(self, name: str, folder: Path, params: Mapping[str, Any]) -> Curve:
-        """Open a job's run under the stage's, or the one that the job's folder says is there."""
-        run = self.attempt(lambda: self._open(name, folder, params, self.parent))
+    def child(self, name: str, folder: Path, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> Curve:
+        """Open a job's run under the stage's, or the one that the job's folder says is there; `tags` are its further
+        ones."""
+        run = self.attempt(lambda: self._open(name, folder, params, self.parent, tags))
         return Curve(self, run)
 
     def metrics(self, run: str | None, values: Mapping[str, Any], step: int = 0) -> None:
@@ -119,7 +120,14 @@ class Record:
         if run:
             self.attempt(lambda: self.client.set_terminated(run, status))
 
-    def _open(self, name: str, folder: Path, params: Mapping[str, Any], parent: str | None) -> str:
+    def _open(
+        self,
+        name: str,
+        folder: Path,
+        params: Mapping[str, Any],
+        parent: str | None,
+        further: Mapping[str, str] | None = None,
+    ) -> str:
         marker = folder / "mlflow.json"
         if marker.exists():
             there = str(json.loads(marker.read_text())["run_id"])
@@ -129,7 +137,7 @@ class Record:
             except MlflowException:  # the record was cleared since: begin a new run
                 marker.unlink()
         tags = {"mlflow.runName": name, "stage": self.stage, "row": self.row, "data": self.data["name"]}
-        tags |= {"data_md5": self.data["md5"], "code": workspace.code_fingerprint()}
+        tags |= {"data_md5": self.data["md5"], "code": workspace.code_fingerprint(), **(further or {})}
         if commit := _commit():
             tags["mlflow.source.git.commit"] = commit
         if parent:

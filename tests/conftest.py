@@ -210,6 +210,7 @@ downstream:
     "params/ablations.yaml": """\
 ablations_fitted:
   targets:
+    data: scenes
     base: simmim_vit
     change: {optim.epochs: 1}
     points:
@@ -219,6 +220,7 @@ ablations_fitted:
     judges: {simmim_vit_2000: {lr_grid: [1.0e-3]}}
 ablations:
   mask_ratio:
+    data: scenes
     base: simmim_vit
     change: {optim.epochs: 2}
     grid: {mask.ratio: [0.3, 0.6, 0.9]}
@@ -229,6 +231,7 @@ ablations:
 search_fitted: {}
 search:
   recipe:
+    data: scenes
     base: simmim_vit
     change: {optim.epochs: 2}
     judge: {simmim_vit_2000: {lr_grid: [1.0e-3]}}

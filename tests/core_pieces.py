@@ -65,8 +65,9 @@ CLASSIFY = {
     "optim": {**TUNE, "layer_decay": 0.75},
     "precision": "fp32",
 }
-ABLATION = {"base": "one", "grid": {"mask.ratio": [0.3, 0.6]}, "seeds": [0], "judges": {"tuned": {}}}
+ABLATION = {"data": "tiny", "base": "one", "grid": {"mask.ratio": [0.3, 0.6]}, "seeds": [0], "judges": {"tuned": {}}}
 SEARCH = {
+    "data": "tiny",
     "base": "one",
     "judge": {"tuned": {"labels": 8}},
     "space": {"mask.ratio": {"low": 0.3, "high": 0.9, "step": 0.1}, "head": ["linear", "mlp"]},

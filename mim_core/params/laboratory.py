@@ -35,6 +35,9 @@ def laboratory(params: Params, places: Mapping[str, str]) -> list[str]:
 
 def _faults(section: str, row: AblationRow | SearchRow, params: Params, where: str) -> Iterator[str]:
     base = params.pretrained().get(row.base)
+    if row.data not in params.data:
+        yield f"{where}.data: '{row.data}' is not one of {sorted(params.data)}{nearest(row.data, params.data)}"
+        return
     if base is None:
         known = params.pretrained()
         yield f"{where}.base: '{row.base}' is not one of {sorted(known)}{nearest(row.base, known)}"
@@ -56,7 +59,7 @@ def _faults(section: str, row: AblationRow | SearchRow, params: Params, where: s
             if name not in params.ablated():
                 known = sorted(params.ablated())
                 yield f"{where}.warm_start: '{name}' is not one of {known}{nearest(name, known)}"
-    size = size_of(params, base.data)
+    size = size_of(params, row.data)
     seen: list[PretrainRow] = []
     for place, one in rows:
         if one in seen:
@@ -69,17 +72,17 @@ def _faults(section: str, row: AblationRow | SearchRow, params: Params, where: s
         yield from (f"{place}: {fault}" for fault in fits(one, size, params))
     key, given = ("judges", row.judges) if isinstance(row, AblationRow) else ("judge", row.judge)
     for name, changes in given.items():
-        yield from _judged(name, changes, seen, params, f"{where}.{key}.{name}", base)
+        yield from _judged(name, changes, seen, params, f"{where}.{key}.{name}", row.data)
 
 
-def judge(params: Params, name: str, changes: Mapping[str, Any], where: str) -> DownstreamRow:
-    """Give a downstream row with what is changed in it; raises SpecError."""
+def judge(params: Params, name: str, changes: Mapping[str, Any], where: str, data: str) -> DownstreamRow:
+    """Give a downstream row on a dataset, with what is changed in it; raises SpecError."""
     row = params.judged()[name]
     fixed = [path for path in changes if path.split(".")[0] in FIXED]
     if fixed:
         raise SpecError(f"{where}.{fixed[0]}: it is given by the points that are judged; delete this key")
     try:
-        return check(DownstreamRow, changed(row.model_dump(mode="json"), changes), where)
+        return check(DownstreamRow, changed(row.model_dump(mode="json"), {**changes, "data": data}), where)
     except SpecError:
         raise
     except ValueError as error:
@@ -98,32 +101,29 @@ def derived(params: Params) -> dict[str, Any]:
             | {"baseline": one.baseline}
             for one in each
         ]
-    given = {f"ablate {name}": row.judges for name, row in params.ablated().items()}
-    given |= {f"search {name}": row.judge for name, row in params.searched().items()}
+    given = {f"ablate {name}": (row.judges, row.data) for name, row in params.ablated().items()}
+    given |= {f"search {name}": (row.judge, row.data) for name, row in params.searched().items()}
     whole = {
-        key: {name: judge(params, name, changes, name).model_dump(mode="json") for name, changes in judges_of.items()}
-        for key, judges_of in given.items()
+        key: {name: judge(params, name, one, name, data).model_dump(mode="json") for name, one in judges_of.items()}
+        for key, (judges_of, data) in given.items()
     }
     return {"needs": needs(params), "points": found, "judges": whole}
 
 
 def _judged(
-    name: str, changes: Mapping[str, Any], rows: list[PretrainRow], params: Params, where: str, base: PretrainRow
+    name: str, changes: Mapping[str, Any], rows: list[PretrainRow], params: Params, where: str, data: str
 ) -> Iterator[str]:
     if name not in params.downstream:
         known = sorted(params.downstream)
         yield f"{where}: '{name}' is not one of the rows of 'downstream', {known}{nearest(name, known)}"
         return
     try:
-        one = judge(params, name, changes, where)
+        one = judge(params, name, changes, where, data)
     except SpecError as error:
         yield str(error)
-        return
-    if one.data != base.data:
-        yield f"{where}: it judges on '{one.data}', the base row learns from '{base.data}'; choose one of its data"
         return
     yield from (f"{where}.{fault}" for fault in trained(one))
     for row in {str(row.encoder): row for row in rows}.values():
         of_point = params.model_copy(update={"pretrain": {**params.pretrain, "point": row}})
         begun = one.model_copy(update={"init": "point"})
-        yield from (f"{where}.{fault}" for fault in judges(begun, of_point, size_of(params, one.data)))
+        yield from (f"{where}.{fault}" for fault in judges(begun, of_point, size_of(params, data)))

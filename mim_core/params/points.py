@@ -44,6 +44,7 @@ def points(ablation: AblationRow, base: PretrainRow, where: str) -> list[Point]:
     Raises SpecError with the faults of all of them; `where` is the path that the messages begin with.
     """
     faults: list[str] = []
+    base = base.model_copy(update={"data": ablation.data})
     start = _row(base, ablation.change, f"{where}.change", faults)
     found: list[Point] = []
     try:
@@ -91,6 +92,7 @@ def candidates(search: SearchRow, base: PretrainRow, where: str) -> Iterator[tup
     """Give the base row and rows that each choose one thing, with where they come from, to be checked; raises
     SpecError."""
     faults: list[str] = []
+    base = base.model_copy(update={"data": search.data})
     rows = [(f"{where}.change", _row(base, search.change, f"{where}.change", faults))]
     for path, entries in choices(search).items():
         for name, changes in entries.items():
@@ -104,7 +106,7 @@ def candidates(search: SearchRow, base: PretrainRow, where: str) -> Iterator[tup
 def _row(base: PretrainRow, changes: Changes, where: str, faults: list[str]) -> PretrainRow | None:
     fixed = [path for path in changes if path.split(".")[0] in ("data", "seed")]
     if fixed:
-        faults.append(f"{where}: found '{fixed[0]}'; all points share data and seeds; delete this key")
+        faults.append(f"{where}: found '{fixed[0]}'; all points share them; say it by the keys data and seeds")
         return None
     try:
         return check(PretrainRow, changed(base.model_dump(mode="json"), changes), where)

@@ -204,6 +204,8 @@ class AblationRow(Strict):
     `points` (by label, each with its own changes). Scores are of validation images: test images choose nothing.
     """
 
+    data: str
+    """The dataset of all points and judges, whatever their own rows name."""
     base: str
     """A pretrain row."""
     change: dict[Label, Any] = Field(default_factory=dict)
@@ -290,6 +292,7 @@ class SearchRow(Strict):
     The best row is pretrained again with fresh `seeds` beside the base row and scored once on test images.
     """
 
+    data: str
     base: str
     change: dict[Label, Any] = Field(default_factory=dict)
     judge: Annotated[Judges, Field(max_length=1)]
