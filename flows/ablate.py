@@ -1,4 +1,4 @@
-"""Run an ablation: pretrain and judge every point over the seeds, and say what differs; `python -m flows.ablate NAME`."""
+"""Run an ablation: pretrain and judge all points over the seeds, say what differs. `python -m flows.ablate NAME`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import ablations, figures, rows, workspace
+from flows import ablations, figures, rows, strips, workspace
 from flows.downstream import check_labels
-from flows.points import PICTURE, Laboratory, Measured, each
+from flows.points import PIXELS, Laboratory, Measured, each
 from flows.progress import Bar
 from flows.stage import Stage, artifact_key, command, died, picture_address, published
 from flows.workers import JobDiedError, JobFailedError, Workers, cores, slots
@@ -105,7 +105,7 @@ def measure(board: Board, point: Point, seed: int) -> Point:
         # A worker has a share of the machine, and device-hours count the whole of it.
         "device_hours": seconds / slots() / 3600,
         "compute": next(iter(judged.values())).result["compute"],
-        "picture": str(begun.folder / PICTURE) if begun else None,
+        "picture": str(begun.folder / PIXELS) if begun else None,
         **({key: begun.result[key] for key in OF_PRETRAINING if key in begun.result} if begun else {}),
     }
     curve.flush()
@@ -153,7 +153,7 @@ def publish(stage: Stage, record: Any, points: Sequence[Point]) -> tuple[Path, a
     (folder / "table.csv").write_text(ablations.table_csv(found))
     (folder / "figure.png").write_bytes(figures.ablation(found))
     pictures = {point["label"]: Path(point["runs"][0]["picture"]) for point in points if _drawn(point)}
-    (folder / "recoveries.png").write_bytes(figures.recoveries(pictures))
+    (folder / "recoveries.png").write_bytes(strips.recovered(pictures))
     metrics = ablations.summary(found)
     workspace.write_json(folder / "metrics.json", metrics)
     fitted = {rows.fitted(point["row"]) for point in points if point["row"]} - {None}

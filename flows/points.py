@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from flows import rows, workspace
 from flows.stage import Stage, published
 from flows.workers import Watch, Workers
 
-WEIGHTS, PICTURE = "encoder.safetensors", "recovery.png"
+WEIGHTS, PICTURE, PIXELS = "encoder.safetensors", "recovery.png", "recovered.npz"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Laboratory:
         # What is trained is the same with a probe and without, but its curve is another.
         job = {"kind": "pretrain", "row": {**row, "seed": 0}, "seed": seed, "fitted": file}
         job |= {"probe": dict(probe)} if probe else {}
-        return self._measure(job, [row | {"seed": seed}, made_of, probe], (WEIGHTS, PICTURE), watch)
+        return self._measure(job, [row | {"seed": seed}, made_of, probe], (WEIGHTS, PICTURE, PIXELS), watch)
 
     def judged(
         self, judge: Mapping[str, Any], seed: int, begun: Measured | None, test: bool, watch: Watch = ignore
@@ -125,11 +125,11 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def each(lines: Callable[[list[dict[str, float]]], object], prefix: str) -> Watch:
+def each(watched: Watch, prefix: str) -> Watch:
     """Watch a curve with the names of its values prefixed, for a run that holds several."""
 
-    def watch(new: list[dict[str, float]]) -> None:
+    def watch(new: list[dict[str, float]]) -> bool | None:
         own = ("step", "steps", "time", "seconds")
-        lines([{key if key in own else f"{prefix}{key}": one for key, one in line.items()} for line in new])
+        return watched([{key if key in own else f"{prefix}{key}": one for key, one in line.items()} for line in new])
 
     return watch

@@ -93,6 +93,7 @@ def pretrain(
             recovered = recoveries(objective, held, seed)
             note = f"Target: {row.target.name}. {_notes(row, target)}"
             gallery.draw_recoveries(recovered, "Recovered validation images", note).save(folder / "recovery.png")
+            _keep(recovered["random"], folder / "recovered.npz")
         trained.train()
         return scalars
 
@@ -177,6 +178,12 @@ def recoveries(objective: Pretext, held: Split, seed: int) -> dict[str, dict[str
             parts.append(objective.recover(Masked(held.tensor(index)[None], torch.from_numpy(hidden))))
         found[kind] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return found
+
+
+def _keep(pictures: dict[str, Tensor], path: Path) -> None:
+    """Keep pictures as uint8 [b, c, H, W], and what was hidden [b, H, W], for figures of several runs."""
+    bytes_of = {name: (one.clamp(0, 1) * 255).round().byte() for name, one in pictures.items() if name != "hidden"}
+    np.savez_compressed(path, **{name: one.cpu().numpy() for name, one in {**pictures, **bytes_of}.items()})  # type: ignore[arg-type]
 
 
 def _unit(patch_px: int, side: int) -> int:
