@@ -68,7 +68,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold a job's folder: a process whose parent was killed may still be writing its last checkpoint there."""
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 2 * STOP_SECONDS
-    with (folder / "lock").open("w") as lock:
+    with (folder / "worker.lock").open("w") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
