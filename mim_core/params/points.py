@@ -34,7 +34,7 @@ def settings(ablation: AblationRow) -> dict[str, Changes]:
     each = [dict(zip(axes, one, strict=True)) for one in values]
     found = {label(one): one for one in each}
     if len(found) < len(each):
-        raise ValueError(f"values written alike: {', '.join(map(label, each))}; delete what stands twice")
+        raise ValueError(f"found values written alike: {', '.join(map(label, each))}; delete what stands twice")
     return found
 
 
