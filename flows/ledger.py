@@ -32,8 +32,7 @@ CORE = 6.0
 """Watts a core of a CPU whose name says nothing."""
 NOTE = (
     "Energy is an estimate, not a measurement: device-hours x an assumed power, {assumed}. Hosts, cooling and memory "
-    "are not in it; UNMASK_WATTS sets the watts of a device. A point that several ablations or searches share counts in "
-    "each of them."
+    "are not in it; UNMASK_WATTS sets the watts of a device. A point that several ablations share counts in each."
 )
 
 
@@ -85,7 +84,8 @@ def ledger(manifests: Iterable[Mapping[str, Any]]) -> Ledger:
         name = str(compute.get("device"))
         # Small runs share a machine, with a thread each: the most that any run used is the nearest to its cores.
         threads[name] = max(threads.get(name, 1), int(compute.get("threads") or 1))
-    lines, assumed = [], {}
+    lines: list[Line] = []
+    assumed: dict[str, None] = {}
     for manifest in given:
         name = str(manifest.get("compute", {}).get("device"))
         watts, why = _watts(manifest.get("compute", {}), threads[name])
@@ -96,9 +96,8 @@ def ledger(manifests: Iterable[Mapping[str, Any]]) -> Ledger:
                 float(manifest["device_hours"]), int(manifest.get("images_seen") or 0), watts,
             )
         )  # fmt: skip
-    sums = [
-        _sum(stage, [one for one in lines if one.stage == stage]) for stage in dict.fromkeys(x.stage for x in lines)
-    ]
+    stages = dict.fromkeys(line.stage for line in lines)
+    sums = [_sum(stage, [line for line in lines if line.stage == stage]) for stage in stages]
     return Ledger(lines, sums, _sum("all", lines), NOTE.format(assumed="; ".join(assumed) or "of which there is none"))
 
 
@@ -134,9 +133,7 @@ def _watts(compute: Mapping[str, Any], cores: int) -> tuple[float, str]:
 
 def _named(name: str, table: Mapping[str, float], default: float) -> float:
     """The value of the first key that a word of the name begins with."""
-    plain = "".join(
-        letter if letter.isalnum() else " " for letter in name.lower().replace("(r)", "").replace("(tm)", "")
-    )
+    plain = re.sub(r"\W+", " ", re.sub(r"\((r|tm)\)", "", name.lower()))
     for key, value in table.items():
         if f" {key}" in f" {plain}":
             return value
@@ -146,16 +143,7 @@ def _named(name: str, table: Mapping[str, float], default: float) -> float:
 def as_csv(given: Ledger) -> str:
     """Give the lines as CSV; sums are for the reader to take."""
     text = io.StringIO()
-    columns = [
-        "stage",
-        "row",
-        "device",
-        "wall_seconds",
-        "device_hours",
-        "images_seen",
-        "assumed_watts",
-        "estimated_kwh",
-    ]
+    numbers = ["wall_seconds", "device_hours", "images_seen", "assumed_watts", "estimated_kwh"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["stage", "row", "device", *numbers])
     for line in given.lines:
