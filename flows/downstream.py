@@ -173,7 +173,7 @@ def downstream(row: str) -> None:
     record = Record("downstream", row, stage.state, stage.data, stage.params)
     rates, seeds = stage.params["lr_grid"] or [0.0], stage.params["seeds"]  # none where nothing is trained
     try:
-        with Bar(f"downstream {row}", len(rates) + len(seeds) - 1) as bar:
+        with workers, Bar(f"downstream {row}", len(rates) + len(seeds) - 1) as bar:
 
             def run(points: list[tuple[float, int]], test: bool) -> list[Point]:
                 runs = [learn.submit(stage, workers, record, bar, lr, seed, test) for lr, seed in points]
@@ -185,11 +185,9 @@ def downstream(row: str) -> None:
             finals = run([(chosen, seed) for seed in seeds], test=True)
         folder, metrics = publish(stage, record, grid, finals)
         show(stage, record, folder, metrics, grid, finals)
-    except BaseException:
-        record.end(record.parent, "FAILED")
+    except BaseException as error:
+        record.fail(error)
         raise
-    finally:
-        workers.stop()
     stage.close()
 
 

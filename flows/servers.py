@@ -19,14 +19,17 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from flows import workspace
-from flows.workers import wait_until
+from flows import janitor, limits, workspace
+from flows.workers import slots, wait_until
 
 HOST = "127.0.0.1"
 DEFAULT_PORTS = {"prefect": 4200, "mlflow": 5000}
 HEALTH = {"prefect": "/api/health", "mlflow": "/health"}
 START_SECONDS = 180
+POOL = "unmask"
+"""The work pool that the deployments of prefect.yaml are run from."""
 
 
 def settings() -> dict[str, str]:
@@ -156,7 +159,8 @@ def up(wait: bool = True, say: Callable[[str], None] = print) -> dict[str, int]:
 
 
 def await_up(ports: dict[str, int]) -> None:
-    """Wait until the servers answer; raises UserError with the log where one does not."""
+    """Wait until the servers answer, and put in place what flows need of them; raises UserError with the log where one
+    does not answer."""
     for name, port in ports.items():
         started = _recorded()[name]["pid"]
 
@@ -168,6 +172,22 @@ def await_up(ports: dict[str, int]) -> None:
             log = _log(name)
             last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["(empty)"]
             raise workspace.UserError(f"{name}: did not come up on port {port}; the log {log} ends: {last[0]}")
+    api = f"{address('prefect', ports)}/api"
+    # What is there already answers 409: a limit that someone has changed stays as it is.
+    _create(f"{api}/v2/concurrency_limits/", {"name": limits.NAME, "limit": slots()})
+    _create(f"{api}/work_pools/", {"name": POOL, "type": "process"})
+    if janitor.left():
+        os.environ.setdefault("PREFECT_API_URL", api)
+        janitor.sweep()
+
+
+def _create(address: str, body: dict[str, Any]) -> None:
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        urllib.request.urlopen(request, timeout=30).close()
+    except urllib.error.HTTPError as error:
+        if error.code != 409:
+            raise workspace.UserError(f"{address}: the Prefect server answered {error.code}; see its log") from None
 
 
 def down(say: Callable[[str], None] = print) -> None:
@@ -185,6 +205,11 @@ def _start(name: str, port: int) -> int:
         # Prefect's pages take the address of its API from these two, whatever `--port` says.
         environment |= {"PREFECT_SERVER_API_HOST": HOST, "PREFECT_SERVER_API_PORT": str(port)}
         environment |= {"PREFECT_API_URL": f"http://{HOST}:{port}/api"}
+        # Leases in memory would be lost with the server, and the slots they hold never be given back.
+        environment |= {
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"
+        }
+        environment |= {"PREFECT_SERVER_SERVICES_REPOSSESSOR_LOOP_SECONDS": "5"}
         command = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
     else:
         (home / "mlflow").mkdir(parents=True, exist_ok=True)

@@ -8,17 +8,19 @@ import hashlib
 import io
 import json
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from flows import data, rows, workspace
-from flows.workers import JobDiedError, Span
+from flows import data, janitor, rows, workspace
+from flows.workers import JobDiedError, Span, StoppedError
 from mim_core.files import read_curve, write_atomically
 
 
@@ -82,6 +84,7 @@ class Stage:
     ) -> None:
         """Check rows, data and the weights to begin from before anything is done; raises UserError."""
         self.name, self.row, self.started = name, row, time.time()
+        janitor.begin()
         self.rows = rows.load()
         self.section = rows.section_of(self.rows, sections, row)
         self.params: dict[str, Any] = self.rows[self.section][row]
@@ -180,12 +183,39 @@ def command(name: str, check: Callable[[str], object], run: Callable[[str], obje
     """
     if len(sys.argv) != 2:
         raise SystemExit(f"usage: python -m flows.{name} ROW")
+    with interruptible(f"{name} {sys.argv[1]}"):
+        try:
+            check(sys.argv[1])
+            run(sys.argv[1])
+        except workspace.UserError as error:
+            raise SystemExit(f"{name} {sys.argv[1]} cannot run:\n{error}") from None
+
+
+class InterruptError(BaseException):
+    """The process got SIGTERM; like KeyboardInterrupt, no handler of errors takes it for one."""
+
+
+@contextmanager
+def interruptible(what: str) -> Iterator[None]:
+    """End the process with a message where it is interrupted: exit code 143 after SIGTERM, 130 after SIGINT.
+
+    Running jobs have written a checkpoint by then: the flow ends its workers on the way out. A job that someone stopped
+    by a signal to its own process counts as SIGTERM.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise InterruptError
+
+    before = signal.signal(signal.SIGTERM, interrupt)  # Prefect, which puts its own in its place, calls it at the end
+    code = 0
     try:
-        check(sys.argv[1])
-        run(sys.argv[1])
-    except workspace.UserError as error:
-        raise SystemExit(f"{name} {sys.argv[1]} cannot run:\n{error}") from None
+        yield
+    except (InterruptError, StoppedError):
+        code = 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        raise SystemExit(
-            f"{name} {sys.argv[1]}: interrupted; the same command goes on from the last checkpoint"
-        ) from None
+        code = 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code:
+        print(f"{what}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(code)

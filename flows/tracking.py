@@ -21,7 +21,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
-from flows import registry, servers, workspace
+from flows import janitor, registry, servers, workspace
+from flows.workers import StoppedError
 
 EXPERIMENT = "unmask"
 UPLOAD_SECONDS = 5.0
@@ -47,10 +48,13 @@ class Record:
         """
         self.stage, self.row, self.data = stage, row, data
         self.lost = ""
+        self.open: set[str] = set()
         (workspace.home() / "mlflow").mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient()
         self.monitor: SystemMetricsMonitor | None = None
         self.parent = self.attempt(lambda: self._open(f"{stage} {row}", folder, params, None))
+        if self.parent:
+            janitor.note_mlflow(self.parent)
         if self.parent and watch:
             parent = self.parent
             self.attempt(lambda: self._watch_system(parent))
@@ -118,7 +122,14 @@ class Record:
         if run == self.parent and self.monitor:
             self.monitor.finish()
         if run:
+            self.open.discard(run)
             self.attempt(lambda: self.client.set_terminated(run, status))
+
+    def fail(self, error: BaseException) -> None:
+        """End the runs that are still open: KILLED where they were interrupted, else FAILED; nothing comes after."""
+        for run in sorted(self.open, key=lambda run: run == self.parent):
+            self.end(run, ended_by(error))
+        self.lost = self.lost or "the stage has ended"
 
     def _open(
         self,
@@ -133,6 +144,7 @@ class Record:
             there = str(json.loads(marker.read_text())["run_id"])
             try:
                 self.client.update_run(there, status="RUNNING")
+                self.open.add(there)
                 return there
             except MlflowException:  # the record was cleared since: begin a new run
                 marker.unlink()
@@ -143,6 +155,7 @@ class Record:
         if parent:
             tags["mlflow.parentRunId"] = parent
         run: str = self.client.create_run(_experiment(self.client), tags=tags).info.run_id
+        self.open.add(run)
         flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items()]
         self.client.log_batch(run, params=flat)
         dataset = Dataset(
@@ -197,6 +210,32 @@ class Curve:
         final = {key: value for key, value in values.items() if (key, int(values["steps"])) not in self.there}
         self.record.metrics(self.run, final, int(values["steps"]))
         self.record.end(self.run)
+
+    def fail(self, error: BaseException) -> None:
+        """Send the rest, and end the run of a job that did not come to its end."""
+        self.flush()
+        self.record.end(self.run, ended_by(error))
+
+
+def ended_by(error: BaseException) -> str:
+    """A run's status in MLflow after an error: KILLED where a signal or a request stopped it, and it may go on."""
+    return "KILLED" if isinstance(error, StoppedError) or not isinstance(error, Exception) else "FAILED"
+
+
+def mark_killed(parent: str) -> bool:
+    """End a run and its children where they are open, as their process is dead; gives whether MLflow answered."""
+    try:
+        client = MlflowClient()
+        experiment = client.get_run(parent).info.experiment_id
+        children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+        for run in (*children, client.get_run(parent)):
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, "KILLED")
+    except MlflowException as error:
+        return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")  # the record was cleared
+    except OSError:
+        return False
+    return True
 
 
 def flatten(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -103,12 +103,11 @@ def run(stage: Stage, training: Training, **wiring: Any) -> None:
     folder = stage.state / f"seed_{seed}"
     job = {"kind": stage.name, "row": stage.params, "pack": str(stage.pack), "folder": str(folder), "seed": seed}
     try:
-        result = train(stage, workers, record, {**job, **wiring})
+        with workers:
+            result = train(stage, workers, record, {**job, **wiring})
         published = publish(stage, training, record, folder, result)
         show(stage, training, record, published, result)
-    except BaseException:
-        record.end(record.parent, "FAILED")
+    except BaseException as error:
+        record.fail(error)
         raise
-    finally:
-        workers.stop()
     stage.close()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows import workspace
+from flows import limits, workspace
 
 Span = tuple[float, float]
 """When work began and ended, in seconds of the epoch."""
@@ -167,7 +167,11 @@ class Workers:
     """A fixed number of workers, shared by the threads that bring jobs."""
 
     def __init__(self, count: int, threads: int, name: str, spans: list[Span]) -> None:
-        """Start `count` workers of `threads` each; when jobs ran is noted in `spans`."""
+        """Start `count` workers of `threads` each; when jobs ran is noted in `spans`.
+
+        A job takes the worker's share of the machine's slots from Prefect's limit `gpu`, see `flows.limits`.
+        """
+        self.share = max(1, slots() // count)
         self.threads, self.spans = threads, spans
         self.log = workspace.home() / "logs" / f"{name}.log"
         self.all = [Worker(threads, self.log, spans) for _ in range(count)]
@@ -184,15 +188,22 @@ class Workers:
         """
         worker = self.idle.get()
         try:
-            if self.stopping:
-                raise StoppedError(0)
-            return worker.run(job, watch)
+            with limits.held(self.share, lambda: self.stopping):
+                if self.stopping:
+                    raise StoppedError(0)
+                return worker.run(job, watch)
         finally:
             if worker.process.poll() is not None and not self.stopping:
                 self.all.remove(worker)
                 worker = Worker(self.threads, self.log, self.spans)
                 self.all.append(worker)
             self.idle.put(worker)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     def stop_jobs(self) -> None:
         """Ask all running jobs to stop after a checkpoint; jobs that wait for a worker run."""
