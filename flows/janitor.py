@@ -112,8 +112,7 @@ def _release(leases: list[str]) -> bool:
 def _kill(run: str) -> bool:
     from flows import tracking
 
-    answered: bool = tracking.mark_killed(run)
-    return answered
+    return tracking.mark_killed(run)
 
 
 MENDS: dict[str, Callable[[Any], bool]] = {"leases": _release, "flow_run": _crash, "mlflow_run": _kill}
@@ -131,7 +130,7 @@ def _dead(said: Mapping[str, Any]) -> bool:
     if said["host"] != socket.gethostname():
         return False
     try:
-        return abs(psutil.Process(said["pid"]).create_time() - said["started"]) > 1
+        return bool(abs(psutil.Process(said["pid"]).create_time() - said["started"]) > 1)
     except psutil.NoSuchProcess:
         return True
 
