@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,7 +26,13 @@ def run(console: Console, stage: str, name: str) -> None:
     data.restore(lambda text: None)
     servers.up(say=lambda text: console.print(text, highlight=False))
     suffix = "_fitted" if section.endswith("_fitted") else ""
-    done = subprocess.run([sys.executable, "-m", "dvc", "repro", f"{stage}{suffix}@{name}"], cwd=workspace.root())
+    # Stages are run by `python`: this one, whichever the shell would find.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", f"{stage}{suffix}@{name}"],
+        cwd=workspace.root(),
+        env={**os.environ, "PATH": path},
+    )
     if done.returncode:
         raise workspace.UserError(f"{stage} {name} stopped, as said above; the same command goes on from there")
     show(console, *SHOWN[stage](name))

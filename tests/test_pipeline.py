@@ -64,6 +64,9 @@ def test_the_demo_runs_its_own_rows_and_dvc_the_rest(served: Clone) -> None:
         "baseline@segment_scratch",
         "baseline@detect_scratch",
         "continued@neighbours",
+        "ablate@mask_ratio",
+        "ablate_fitted@targets",
+        "search@recipe",
     }
 
 
