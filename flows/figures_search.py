@@ -12,7 +12,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from flows import searches
 from flows.figures import GREY, INK, MUTED, STYLE, WIDTH_IN, _png
-from flows.results import verdict
 from flows.searches import Search
 
 FOUND, DEFAULT, LOST = MUTED[2], MUTED[0], MUTED[1]
@@ -43,8 +42,17 @@ def _trials(axes: Axes, found: Search) -> None:
     best, default = found.results["best"]["number"], found.results["default"].get("number")
     if told:
         # Left of the first trial, in a column of their own: they have no order.
-        axes.axvspan(-2.6, -0.9, color="#f3f3f3", lw=0)
-        axes.plot([-1.75] * len(told), told, "o", ms=3.2, mfc="white", mec=GREY, mew=0.8, label="known from ablations")
+        axes.axvspan(_left(found), -0.8, color="#f3f3f3", lw=0)
+        axes.plot(
+            [(_left(found) - 0.8) / 2] * len(told),
+            told,
+            "o",
+            ms=3.2,
+            mfc="white",
+            mec=GREY,
+            mew=0.8,
+            label="known from ablations",
+        )
     places = [place for place, _, _ in own]
     axes.plot(places, [score for _, score, _ in own], "o", ms=4, color=FOUND, label="completed")
     steps, values, highest = [], [], max(told, default=float("-inf"))
@@ -60,14 +68,20 @@ def _trials(axes: Axes, found: Search) -> None:
             axes.axhline(score, color=DEFAULT, lw=0.7, ls=(0, (4, 3)), zorder=1)
         if one["number"] == best:
             axes.plot(place, score, "o", ms=10, mfc="none", mec=FOUND, mew=1.2, label="best", zorder=4)
-    axes.set_title("trials, one seed each")
     axes.set_ylabel(f"validation {found.metric} (%)")
-    axes.set_xlim(-2.6 if told else -0.8, len(found.tried) - 0.3)
+    axes.set_xlim(_left(found), len(found.tried) - 0.3)
     axes.margins(y=0.12)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y")
     axes.tick_params(axis="x", labelbottom=False, length=0)
-    axes.legend(loc="lower right", handlelength=1.4, labelspacing=0.3, borderpad=0.2, ncols=2, columnspacing=1.0)
+    # Above the axes: a point may lie anywhere in them.
+    above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0)}
+    axes.legend(ncols=3, handlelength=1.4, labelspacing=0.3, columnspacing=1.2, borderpad=0.2, markerscale=0.8, **above)
+
+
+def _left(found: Search) -> float:
+    """Where the axis of trials begins: told results have a column left of it."""
+    return -0.8 - (0.08 * len(found.tried) if found.told else 0.0)
 
 
 def _ended(axes: Axes, found: Search) -> None:
@@ -81,8 +95,9 @@ def _ended(axes: Axes, found: Search) -> None:
     axes.set_ylim(-0.18, 1.18)
     axes.set_yticks([0, 0.5, 1], ["0", "50", "100"])
     axes.set_ylabel("% pretrained")
-    axes.set_xlabel("trial")
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_xlabel("trial, in the order of their start; one seed each")
+    last = len(found.tried) - 1
+    axes.set_xticks([tick for tick in MaxNLocator(8, integer=True).tick_values(0, max(1, last)) if 0 <= tick <= last])
     axes.grid(axis="y")
     if axes.get_legend_handles_labels()[1]:
         axes.legend(
@@ -137,8 +152,12 @@ def _final(axes: Axes, found: Search, split: str) -> None:
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.32 * (high - low))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_title(f"{split}, fresh seeds: {verdict(found.gain(split))}" if found.found else f"{split}, fresh seeds")
-    axes.set_xlabel(f"{split} {found.metric} (%)")
+    gain, said = found.gain(split), "the default row is the best"
+    if found.found:
+        bounds = f"[{100 * gain.low:.1f}, {100 * gain.high:.1f}]" if gain.count > 1 else "(one seed)"
+        said = f"{100 * gain.mean:+.1f} points {bounds}"
+    axes.set_title(f"{split}: {said}")
+    axes.set_xlabel(f"{split} {found.metric} (%), fresh seeds")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")

@@ -30,7 +30,7 @@ from flows.spaces import Row, Space, tokenizers
 from flows.stage import Stage, artifact_key, command, picture_address, published
 from flows.study import COMPLETE, DEFAULT, FAIL, HOUR, PRUNED, Course, Ongoing
 from flows.workers import JobDiedError, StoppedError, Watch, Workers, cores, slots
-from mim_core.files import read_curve
+from mim_core.files import read_curve, write_atomically
 
 TRIES = 3
 """How often a job is begun whose process is killed each time."""
@@ -99,10 +99,10 @@ def attempt(bench: Bench, one: Ongoing) -> None:
             except JobDiedError:
                 if turn + 1 == TRIES:
                     raise
-    except StoppedError:
+    except StoppedError as error:
         # Everything stops: this trial goes on from its checkpoint when the command is given again.
         if curve:
-            bench.record.end(curve.run, "KILLED")
+            curve.fail(error)
         raise
     except (workspace.UserError, JobDiedError, ValueError) as error:
         bench.course.finish(one, FAIL, error=str(error))
@@ -207,8 +207,8 @@ def compare(bench: Bench, label: str, row: Row, seed: int) -> dict[str, Any]:
         except JobDiedError:
             if turn + 1 == TRIES:
                 raise
-        except StoppedError:
-            bench.record.end(curve.run, "KILLED")
+        except StoppedError as error:
+            curve.fail(error)
             raise
     seconds = begun.seconds + judged.seconds
     bench.course.note_final(f"{label} {seed}", seconds)
@@ -272,8 +272,9 @@ def publish(bench: Bench, finals: Mapping[str, Mapping[str, Any]], told: Mapping
             for arm, runs in finals.items()
         },
     }
-    workspace.write_json(folder / "results.json", said)
-    found = searches.of(json.loads((folder / "results.json").read_text()), None, folder)
+    # Not sorted: settings and rows keep the order of their files, which tables follow.
+    write_atomically(folder / "results.json", json.dumps(said, indent=1) + "\n")
+    found = searches.of(said, None, folder)
     (folder / "trials.csv").write_text(searches.trials_csv(found))
     (folder / "table.md").write_text(searches.markdown(found))
     (folder / "best.yaml").write_text(searches.best_yaml(found))
@@ -330,29 +331,28 @@ def search(name: str) -> None:
     with alone(state, name):
         count = slots()
         workers = Workers(count, max(1, cores() // count), f"search-{name}", stage.spans)
-        try:
-            from flows.tracking import Record  # imported while the workers import torch
+        from flows.tracking import Record  # imported while the workers import torch
 
-            base = rows.find(stage.rows, ("pretrain", "pretrain_fitted"), stage.params["base"])
-            space = Space(stage.params, {**base, "data": stage.params["data"]})
-            course = Course(name, stage.params, space, key, state.parent, count)
-            record = Record("search", name, state, stage.data, {**stage.params, "storage": course.storage})
-            bench = Bench(stage, course, Laboratory(stage, workers), record, state, judge)
-            try:
-                _run(bench)
-            except BaseException as error:
-                record.end(record.parent, "FAILED" if isinstance(error, Exception) else "KILLED")
-                raise
-            finally:
-                workers.stop()
-                for one in list(course.running.values()):
-                    course.leave(one)
+        base = rows.find(stage.rows, ("pretrain", "pretrain_fitted"), stage.params["base"])
+        space = Space(stage.params, {**base, "data": stage.params["data"]})
+        course = Course(name, stage.params, space, key, state.parent, count)
+        record = Record("search", name, state, stage.data, {**stage.params, "storage": course.storage})
+        bench = Bench(stage, course, Laboratory(stage, workers), record, state, judge)
+        try:
+            with workers:
+                told, finals = explore(bench)
+            show(bench, publish(bench, finals, told))
+        except BaseException as error:
+            record.fail(error)
+            raise
         finally:
-            workers.stop()
+            for one in list(course.running.values()):
+                course.leave(one)
     stage.close()
 
 
-def _run(bench: Bench) -> None:
+def explore(bench: Bench) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
+    """Run the trials and the final comparison; gives what ablations told, and the comparison's runs by arm and seed."""
     stage, course = bench.stage, bench.course
     given = rows.judges("search", stage.row)
     told = course.tell(
@@ -375,17 +375,15 @@ def _run(bench: Bench) -> None:
         raise workspace.UserError(_nothing(course))
     course.close()
     best = course.best()
-    label = course.label(best)
-    asked = {DEFAULT: course.space.default, label: course.space.row(best.params)}
+    arms = {"default": (DEFAULT, course.space.default), "best": (course.label(best), course.space.row(best.params))}
     # The default row is not run twice where it is the best.
-    runs_of = {
-        name: {seed: compare.submit(bench, name, row, seed) for seed in stage.params["seeds"]}
-        for name, row in asked.items()
+    asked = {
+        label: {seed: compare.submit(bench, label, row, seed) for seed in stage.params["seeds"]}
+        for label, row in dict(arms.values()).items()
     }
-    done = {name: {str(seed): run.result() for seed, run in of.items()} for name, of in runs_of.items()}
+    done = {label: {str(seed): run.result() for seed, run in of.items()} for label, of in asked.items()}
     course.study.set_user_attr("wall_seconds", before + time.time() - stage.started)
-    found = publish(bench, {"best": done[label], "default": done[DEFAULT]}, told)
-    show(bench, found)
+    return told, {arm: done[label] for arm, (label, _) in arms.items()}
 
 
 def _nothing(course: Course) -> str:

@@ -32,9 +32,9 @@ ARMS = {"best": "best row found", "default": "default row"}
 SCORES = {"validation_score": "validation", "test_score": "test"}
 LEADERS = 5
 NOTE = (
-    "Trials have one seed and are scored on validation images; a probe on validation images ends those that lag. The "
-    "best of many trials is likely to have been lucky in its own score: only the rows that were pretrained again with fresh "
-    "seeds compare. Test images were scored once, for these. Intervals: Student's t over seeds, 95 %; differences are "
+    "Trials have one seed and are scored on validation images, a probe on which ends those that lag. The best of many "
+    "trials is likely to have been lucky in its own score: only the rows that were pretrained again with fresh seeds "
+    "compare. Test images were scored once, for these. Intervals: Student's t over seeds, 95 %; differences are "
     "paired by seed. Importance: the share of the scores' variation that a setting accounts for among completed trials."
 )
 
@@ -242,7 +242,9 @@ def best_yaml(search: Search) -> str:
             )
     else:
         lines.append("No trial was better than the default row, which this is.")
-    row = {key: value for key, value in said["best"]["row"].items() if value is not None}
+    row = {
+        key: value for key, value in said["best"]["row"].items() if value is not None and key != "checkpoint_minutes"
+    }
     body = [f"{name}:"]
     for key, inner in row.items():
         text = yaml.safe_dump(inner, default_flow_style=True, sort_keys=False, width=4096).strip()
