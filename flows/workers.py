@@ -77,8 +77,9 @@ class Worker:
 
     def _read(self) -> None:
         assert self.process.stdout
-        for line in self.process.stdout:
-            self.answers.put(line)
+        with self.process.stdout as answers:
+            for line in answers:
+                self.answers.put(line)
         self.answers.put("")
 
     def run(self, job: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
@@ -195,6 +196,7 @@ class Workers:
         finally:
             if worker.process.poll() is not None and not self.stopping:
                 self.all.remove(worker)
+                worker.close()
                 worker = Worker(self.threads, self.log, self.spans)
                 self.all.append(worker)
             self.idle.put(worker)

@@ -130,6 +130,7 @@ def test_a_cancelled_pretraining_has_a_checkpoint_and_a_retry_goes_on_from_it(de
     assert [one["active_slots"] for one in limits if one["name"] == "gpu"] == [0]
 
 
+@pytest.mark.slow
 def test_a_night_reproduces_and_a_cancelled_one_leaves_a_checkpoint(deployed: Clone) -> None:
     stage = "stages:\n  one:\n    cmd: "
     (deployed.folder / "dvc.yaml").write_text(f"{stage}python -m flows.pretrain simmim_vit\n")

@@ -169,6 +169,7 @@ def test_a_stage_waits_for_the_machine_and_can_be_interrupted_while_it_waits(lab
     assert limit(lab)["active_slots"] == 0
 
 
+@pytest.mark.slow
 def test_without_the_limit_nothing_begins_and_up_creates_it(lab: Clone) -> None:
     before = limit(lab)
     port = lab.environment["UNMASK_PREFECT_PORT"]
