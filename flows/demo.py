@@ -66,6 +66,8 @@ def reproduce() -> None:
             f"params/downstream.yaml: the demo's rows {sorted(missing)} are gone; put them back with "
             "`git checkout params`, or run your own rows with `dvc repro`"
         )
+    for kind in ("ablate", "search"):  # the report depends on these folders, and DVC wants them to be there
+        workspace.run_folder(kind, "").mkdir(parents=True, exist_ok=True)
     done = subprocess.run([sys.executable, "-c", REPRODUCE, *ARMS], cwd=workspace.root())
     if done.returncode:
         raise workspace.UserError("the pipeline stopped at the stage above; the same command goes on from there")
