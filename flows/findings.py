@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows import rows
+from flows import ablations, rows, searches
 from flows.results import SCRATCH, Arm, Published, budget, measure, stale
 
 NAMED = 3
@@ -21,7 +21,17 @@ SECTIONS = {
 
 
 def headline(published: Published) -> str:
-    """Say what was found in a sentence or two."""
+    """Say what was found in a few sentences: of the arms, and the strongest claims of ablations and of searches."""
+    claims = list(_of_laboratory(published))
+    if published.arms or not (published.ablations or published.searches):
+        return " ".join([_of_arms(published), *claims])
+    if not claims:
+        claims = [f"Ablation {ablations.headline(found)}" for found in published.ablations[:1]]
+        claims = claims or [f"Search {searches.headline(found)}" for found in published.searches[:1]]
+    return " ".join(claims)
+
+
+def _of_arms(published: Published) -> str:
     compared = [arm for arm in published.arms if arm.difference]
     if not published.arms:
         return "No downstream result is published: nothing can be said about encoders yet."
@@ -36,6 +46,24 @@ def headline(published: Published) -> str:
     counts = f"{len(compared)} arms were compared with training the same encoder from scratch: {', '.join(parts)}."
     best = max(compared, key=lambda arm: (_sign(arm), arm.difference.mean if arm.difference else 0.0))
     return f"{counts} The largest gain: {finding(best, published)}" if _sign(best) == 1 else counts
+
+
+def _of_laboratory(published: Published) -> Iterator[str]:
+    """Say the largest gain that an ablation's table claims, and the largest of the searches' on test images; none where
+    none is claimed."""
+    tops = [
+        (line.difference.mean, found)
+        for found in published.ablations
+        for line in found.tables[0].lines
+        if line.best and line.difference
+    ]
+    if tops:
+        said = ablations.headline(max(tops, key=lambda top: top[0])[1])
+        yield f"Ablation {said}"
+    gains = [(found.gain("test"), found) for found in published.searches if found.found]
+    held = [(gain.mean, found) for gain, found in gains if gain.count > 1 and gain.low > 0]
+    if held:
+        yield f"Search {searches.headline(max(held, key=lambda one: one[0])[1])}"
 
 
 def finding(arm: Arm, published: Published) -> str:
@@ -95,6 +123,11 @@ def caveats(published: Published) -> Iterator[str]:
         if arm.difference and arm.difference.count < arm.score.count:
             yield f"{arm.row}: only {arm.difference.count} of its seeds are also its baseline's."
     compared = sum(arm.difference is not None for arm in arms)
+    if published.ablations:
+        yield (
+            "Ablations compare at budgets of their own and on validation images; each table is corrected for its own "
+            "comparisons, not for the number of tables."
+        )
     if compared > 1:
         yield (
             f"{compared} differences are shown, each with its own 95 % interval; none is corrected for their number, "
@@ -107,6 +140,8 @@ def manifests_of(published: Published) -> Iterator[tuple[str, Mapping[str, Any]]
     yield from ((f"fit_target {row}", one.manifest) for row, one in published.tokenizers.items())
     yield from ((f"pretrain {row}", run.manifest) for row, run in published.pretrained.items())
     yield from ((f"downstream {arm.row}", arm.manifest) for arm in published.arms)
+    yield from ((f"ablate {found.name}", found.manifest) for found in published.ablations)
+    yield from ((f"search {found.name}", found.manifest) for found in published.searches)
 
 
 def _few(names: Sequence[str], among: int) -> str:

@@ -62,9 +62,16 @@ def recipe(name: str, dataset: str | None = None) -> str:
     elif row.fitted:
         said.append("It belongs below `pretrain_fitted:`, and its tokenizer into params/targets.yaml:")
         target = {**content["targets"][row.fitted], "data": dataset or row.data}
-        said += ["  " + line for line in _yaml({row.fitted: target}).splitlines()]
+        said += ["  " + line for line in as_yaml({row.fitted: target}).splitlines()]
     made = {name: {**content[section][name], "data": dataset or row.data}}
-    return "".join(f"  # {line}\n" for line in said) + _indented(_yaml(made))
+    return "".join(f"  # {line}\n" for line in said) + indented(as_yaml(made))
+
+
+def pretraining() -> dict[str, Any]:
+    """Give the pretrain recipes as they are written, with no default filled in; none where the file is not there."""
+    path = workspace.params_folder() / FILE
+    content = yaml.safe_load(path.read_text()) if path.exists() else {}
+    return {name: row for section in PRETRAIN for name, row in content.get(section, {}).items()}
 
 
 def _load() -> Any:
@@ -109,7 +116,7 @@ def _px(source: Mapping[str, Any]) -> str:
     return "{} x {} px".format(*source["size_px"])
 
 
-def _yaml(value: Mapping[str, Any]) -> str:
+def as_yaml(value: Mapping[str, Any]) -> str:
     """Write rows in the style of params/: a line a key, what is inside in braces."""
     lines = []
     for name, row in value.items():
@@ -122,5 +129,5 @@ def _yaml(value: Mapping[str, Any]) -> str:
     return "".join(lines)
 
 
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
     return "".join(f"  {line}\n" for line in text.splitlines())

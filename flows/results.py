@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from flows import rows, workspace
 
 if TYPE_CHECKING:
+    from flows.ablations import Ablation
+    from flows.searches import Search
     from mim_core.statistics import Interval
 
 SCRATCH = "scratch"
@@ -52,7 +54,8 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Arm:
-    """A published downstream run: one line of the table. Scores are shares; `seeds` maps a seed to its own.
+    """A published downstream run: one line of the table. Scores are shares; `seeds` maps a seed to its own on test
+    images, `validation` to that on validation images, by which rows are chosen.
 
     `task` is in short words and `protocol` in full; `metric` is what the score is. `device_hours` are the arm's own,
     over its grid and all its seeds; `pretrain_device_hours` are those of what it begins from and come on top (0 from
@@ -80,6 +83,7 @@ class Arm:
     encoder: Mapping[str, Any]
     manifest: Mapping[str, Any]
     folder: Path
+    validation: Mapping[int, float]
 
     @property
     def comparison(self) -> tuple[str, str, int | None]:
@@ -93,7 +97,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Published:
-    """All that the rows in `params/` have published, in their order; `absent` names the rest as `<stage> <row>`."""
+    """All that the rows in `params/` have published, in their order; `absent` names the rest as `<stage> <row>`.
+
+    Ablations and searches are questions that one may ask: those that have not run are not absent.
+    """
 
     rows: rows.Rows
     arms: Sequence[Arm]
@@ -101,10 +108,14 @@ class Published:
     tokenizers: Mapping[str, Tokenizer]
     packs: Mapping[str, Mapping[str, Any]]
     absent: Sequence[str]
+    ablations: Sequence[Ablation] = ()
+    searches: Sequence[Search] = ()
 
 
 def read() -> Published:
     """Read what is published; raises UserError for bad rows and for a broken file."""
+    from flows import ablations, searches  # they build on this module
+
     given = rows.load()
     packs = {n: _read(meta) for n in given["data"] if (meta := workspace.pack_folder(n) / "meta.json").exists()}
     absent = [f"prepare {name}" for name in given["data"] if name not in packs]
@@ -127,7 +138,7 @@ def read() -> Published:
             pretrained[row] = Pretrained(row, manifest, curve, folder, fitted, extra)
         else:
             arms.append(_arm(row, folder, given, pretrained, arms))
-    return Published(given, arms, pretrained, tokenizers, packs, absent)
+    return Published(given, arms, pretrained, tokenizers, packs, absent, ablations.read(), searches.read())
 
 
 def comparisons(arms: Iterable[Arm]) -> list[list[Arm]]:
@@ -254,6 +265,7 @@ def _arm(row: str, folder: Path, given: rows.Rows, pretrained: Mapping[str, Pret
             said["grid"], manifest["wall_seconds"], manifest["device_hours"],
             _before(row, init, given, pretrained, before), rival.row if rival else None, gain,
             verdict(gain) if gain else words, encoder, manifest, folder,
+            {int(one["seed"]): float(one["validation_score"]) for one in said["seeds"]},
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise workspace.UserError(f"{folder}: not a whole result ({error!r}); run `dvc repro` again") from error

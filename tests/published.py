@@ -54,10 +54,12 @@ class Published:
         downstream: Mapping[str, Any],
         data: str = "scenes",
         fitted: Mapping[str, Any] | None = None,
+        laboratory: Mapping[str, Any] | None = None,
     ) -> None:
         """Write params; a row's value holds what differs from the common row.
 
-        `fitted` rows predict the colours of the palette `colours`, which is there when they are.
+        `fitted` rows predict the colours of the palette `colours`, which is there when they are. `laboratory` holds
+        sections of ablations and searches.
         """
         own = pretrain if isinstance(pretrain, Mapping) else {row: {} for row in pretrain}
         common = {"data": data, **PIECES, "optim": OPTIM}
@@ -82,6 +84,12 @@ class Published:
                 "downstream": {row: {**JUDGED, **one} for row, one in downstream.items()},
             },
         }
+        laboratory = laboratory or {}
+        for name, sections in (
+            ("ablations", ("ablations_fitted", "ablations")),
+            ("search", ("search_fitted", "search")),
+        ):
+            files[f"{name}.yaml"] = {section: dict(laboratory.get(section, {})) for section in sections}
         begun = {**files["pretrain.yaml"]["pretrain_fitted"], **files["pretrain.yaml"]["pretrain"]}
         for row, one in files["downstream.yaml"]["baselines"].items():
             self.encoders[row] = one["encoder"]

@@ -79,6 +79,7 @@ def test_the_page_says_what_was_found_and_all_files_are_there(published: Publish
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "index.html", "accuracy.png", "pretraining.png", "lr_grid.png", "gallery_simmim.png", "recovery_simmim.png",
         "table.md", "family.md", "family.csv", "summary.json", "accuracy.csv",
+        "ledger.csv", "recommended.yaml",
     }  # fmt: skip
     page = Page(Path(said["index"]).read_text())
     for words in (said["headline"], "+25.0 points", "d41d8cd98f00b204e9800998ecf8427e", "12,000 train", "mask_token"):
