@@ -1,10 +1,11 @@
 """A probe while pretraining: how well a linear classifier reads the classes from the encoder's features so far.
 
 The classifier is ridge regression on one-hot classes, which has a closed form: no rate, no steps, no seed of its own.
-Its features are the means of an image's patches after each block, standardised; block and penalty are chosen by
-generalised cross-validation (Golub, Heath and Wahba, Technometrics 1979) on the labelled training images, so that
-validation images choose nothing and the score on them is one of images not seen. It ranks encoders of any target, which
-losses of reconstruction do not, long before they are fine-tuned.
+Its features are the mean, deviation, highest and lowest value over an image's patches after each block, standardised:
+where objects are small, means alone can stay at chance while the others tell classes, and none does in an encoder that
+has not learned. Block and penalty are chosen by generalised cross-validation (Golub, Heath and Wahba, Technometrics
+1979) on the labelled training images, so that validation images choose nothing and the score on them is one of images
+not seen. It ranks encoders of any target, which losses of reconstruction do not, before they are fine-tuned.
 """
 
 from __future__ import annotations
@@ -85,14 +86,19 @@ class Linear:
 
     @torch.no_grad()
     def features(self, encoder: Any, split: Split, indices: Int64[np.ndarray, " n"]) -> list[Float[Tensor, "n d"]]:
-        """Read the mean patch features of images after each block, on the machine's memory."""
+        """Read what patches are like over each image after each block, into the machine's memory."""
         parts = []
         for some in batched(map(int, indices), BATCH):
             images = torch.from_numpy(np.stack([split.images[index] for index in some])).to(self.compute.device)
             with self.compute.autocast():
                 blocks = encoder.blocks(normalise(images, self.pack.mean, self.pack.std))
-            parts.append([features.float().mean(1).cpu() for features, _ in blocks])
+            parts.append([pooled(features.float()).cpu() for features, _ in blocks])
         return [torch.cat(block) for block in zip(*parts, strict=True)]
+
+
+def pooled(patches: Float[Tensor, "b n d"]) -> Float[Tensor, "b e"]:
+    """Give the mean, deviation, highest and lowest value of each feature over the patches."""
+    return torch.cat([patches.mean(1), patches.std(1, correction=0), patches.amax(1), patches.amin(1)], 1)
 
 
 Fit = tuple[Float[Tensor, " d"], Float[Tensor, " d"], Float[Tensor, "d k"]]
@@ -106,17 +112,22 @@ def fit(features: Float[Tensor, "n d"], wanted: Float[Tensor, "n k"]) -> tuple[f
     features = features.double()
     mean, scale = features.mean(0), features.std(0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
-    u, s, v = torch.linalg.svd((features - mean) / scale, full_matrices=False)
-    centred = wanted - wanted.mean(0)
-    inside = u.T @ centred
-    count = len(features)
+    standard, centred = (features - mean) / scale, wanted - wanted.mean(0)
+    count, width = features.shape
+    # The eigenvectors of the smaller of the two matrices of products; both have the same eigenvalues but zeros.
+    narrow = width <= count
+    values, vectors = torch.linalg.eigh(standard.T @ standard if narrow else standard @ standard.T)
+    real = values > 1e-10 * values.max()
+    values, vectors = values[real], vectors[:, real]
+    along = vectors.T @ (standard.T @ centred if narrow else centred)
+    inside = along.square().sum(1) / (values if narrow else 1.0)
     # What the features cannot reach at any penalty.
-    beyond = (centred.square().sum() - inside.square().sum()).clamp(min=0)
-    kept = s.square() / (s.square() + count * PENALTIES[:, None])  # [penalties, d]
-    residual = beyond + ((1 - kept).square() * inside.square().sum(1)).sum(1)
+    beyond = (centred.square().sum() - inside.sum()).clamp(min=0)
+    kept = values / (values + count * PENALTIES[:, None])  # [penalties, eigenvalues]
+    residual = beyond + ((1 - kept).square() * inside).sum(1)
     # One degree of freedom more is the mean's.
     free = (count - 1 - kept.sum(1)).clamp(min=1e-9)
     criteria = count * residual / free.square()
     best = int(criteria.argmin())
-    weights = v.T @ (inside * (s / (s.square() + count * PENALTIES[best]))[:, None])
-    return criteria[best].item(), (mean, scale, weights)
+    weights = vectors @ (along / (values + count * PENALTIES[best])[:, None])
+    return criteria[best].item(), (mean, scale, weights if narrow else standard.T @ weights)
