@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import ablations, rows, searches
-from flows.results import SCRATCH, Arm, Published, budget, measure, stale
+from flows.results import SCRATCH, Arm, Published, budget, measure, stale, verdict
 
 NAMED = 3
 """Rows that are not published are named up to this number, and counted above it."""
@@ -52,18 +52,20 @@ def _of_laboratory(published: Published) -> Iterator[str]:
     """Say the largest gain that an ablation's table claims, and the largest of the searches' on test images; none where
     none is claimed."""
     tops = [
-        (line.difference.mean, found)
+        (line.difference, line, found)
         for found in published.ablations
         for line in found.tables[0].lines
         if line.best and line.difference
     ]
     if tops:
-        said = ablations.headline(max(tops, key=lambda top: top[0])[1])
-        yield f"Ablation {said}"
+        gain, line, study = max(tops, key=lambda top: top[0].mean)
+        base = study.tables[0].base.label
+        yield f"Ablation {study.name}: {line.label} over {base} {verdict(gain)} on validation images."
     gains = [(found.gain("test"), found) for found in published.searches if found.found]
-    held = [(gain.mean, found) for gain, found in gains if gain.count > 1 and gain.low > 0]
+    held = [(gain, found) for gain, found in gains if gain.count > 1 and gain.low > 0]
     if held:
-        yield f"Search {searches.headline(max(held, key=lambda one: one[0])[1])}"
+        gain, search = max(held, key=lambda one: one[0].mean)
+        yield f"Search {search.name}: its best row over its default row {verdict(gain)} on test images."
 
 
 def finding(arm: Arm, published: Published) -> str:
