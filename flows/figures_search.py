@@ -75,7 +75,7 @@ def _trials(axes: Axes, found: Search) -> None:
     axes.grid(axis="y")
     axes.tick_params(axis="x", labelbottom=False, length=0)
     # Above the axes: a point may lie anywhere in them.
-    above = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0)}
+    above: Any = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0)}
     axes.legend(ncols=3, handlelength=1.4, labelspacing=0.3, columnspacing=1.2, borderpad=0.2, markerscale=0.8, **above)
 
 

@@ -8,17 +8,21 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Clone, make_clone
 from optuna.trial import TrialState
 
 from flows import warm, workspace
 from flows.spaces import Choice, Scale, Space, same, tokenizers
 from flows.study import COMPLETE, FAIL, HOUR, PRUNED, Course, Ongoing, latest, masked, places, storage_address
+from flows.workers import wait_until
 from mim_core.params import PretrainRow
 from mim_core.spec import check
 
@@ -442,3 +446,73 @@ def test_numbers_of_the_space_stay_in_their_range() -> None:
     assert whole.find({"optim": {"epochs": 4.0}}) == [4]
     assert whole.find({"optim": {"epochs": 5.0}}) == []
     assert whole.changes(4) == {"optim.epochs": 4}
+
+
+def one_worker(clone: Clone) -> subprocess.Popen[str]:
+    """Begin the search with one core to itself, so that one trial runs after another."""
+    core = min(os.sched_getaffinity(0))
+    begin = (
+        f"import os, runpy; os.sched_setaffinity(0, [{core}]); runpy.run_module('flows.search', run_name='__main__')"
+    )
+    return clone.start(sys.executable, "-c", f"import sys; sys.argv = ['search', 'recipe']; {begin}")
+
+
+def outcome(clone: Clone) -> dict[str, Any]:
+    """What a search came to, without what differs from run to run: times, and the ids of records."""
+    said = json.loads((clone.folder / "runs/search/recipe/results.json").read_text())
+    runs = [run for arm in said["finals"].values() for run in arm.values()]
+    for one in (*said["trials"], *runs):
+        for key in ("device_seconds", "device_hours", "mlflow_run_id"):
+            one.pop(key, None)
+    return {key: said[key] for key in ("trials", "importances", "best", "default", "finals")}
+
+
+@pytest.mark.slow
+@pytest.mark.orchestration
+def test_a_flow_and_a_worker_killed_mid_trial_end_as_an_undisturbed_search(tmp_path: Path) -> None:
+    outcomes = []
+    for name in ("undisturbed", "killed"):
+        clone = make_clone(tmp_path / name)
+        clone.unmask("data", "restore")
+        clone.run(sys.executable, "-m", "flows.prepare", "scenes")
+        if name == "killed":
+            for victim in ("flow", "worker"):
+                process = one_worker(clone)
+                points = clone.folder / ".unmask" / "points"
+                busy = next(iter(wait_for(lambda points=points: unfinished(points))))  # type: ignore[misc]
+                pid = process.pid if victim == "flow" else int((busy / "worker.pid").read_text())
+                os.kill(pid, signal.SIGKILL)
+                if victim == "worker":
+                    said, _ = process.communicate(timeout=900)  # the job is gone on with, inside its trial
+                    assert process.returncode == 0, said
+                else:
+                    process.wait()
+        else:
+            said, _ = one_worker(clone).communicate(timeout=900)
+            assert "Traceback" not in said
+        outcomes.append(outcome(clone))
+        trials = outcomes[-1]["trials"]
+        assert [one["place"] for one in trials] == [0, 1, 2, 3]
+        # The same command again reads all.
+        measured = sorted(path.stat().st_mtime for path in clone.folder.glob(".unmask/points/*/result.json"))
+        said, _ = one_worker(clone).communicate(timeout=900)
+        assert sorted(path.stat().st_mtime for path in clone.folder.glob(".unmask/points/*/result.json")) == measured
+        assert outcome(clone) == outcomes[-1]
+    assert outcomes[0] == outcomes[1]
+
+
+def unfinished(points: Path) -> list[Path]:
+    """Folders of measurements that have a checkpoint and no result: their worker is at work."""
+    begun = [path.parent for path in points.glob("*/checkpoints") if any(path.iterdir())]
+    return [folder for folder in begun if not (folder / "result.json").exists()]
+
+
+def wait_for(found: Callable[[], list[Path]], seconds: float = 600) -> list[Path]:
+    there: list[Path] = []
+
+    def look() -> bool:
+        there[:] = found()
+        return bool(there)
+
+    assert wait_until(look, seconds, every=0.02)
+    return there
