@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from flows.downstream import check_labels
 from flows.points import PIXELS, Laboratory, Measured, each
 from flows.progress import Bar
 from flows.stage import Stage, artifact_key, command, died, picture_address, published
-from flows.workers import JobDiedError, JobFailedError, Workers, cores, slots
+from flows.workers import JobDiedError, JobFailedError, Watch, Workers, cores, slots
 from mim_core.files import read_curve
 
 Point = dict[str, Any]
@@ -71,7 +71,7 @@ def measure(board: Board, point: Point, seed: int) -> Point:
         {"ablation": name, "point": point["label"], "baseline": str(point["baseline"]).lower(), "seed": str(seed)},
     )
 
-    def shown(part: str, prefix: str = "") -> Any:
+    def shown(part: str, prefix: str = "") -> Watch:
         add = each(curve.add, prefix) if prefix else curve.add
 
         def watch(lines: list[dict[str, float]]) -> None:
@@ -79,6 +79,24 @@ def measure(board: Board, point: Point, seed: int) -> Point:
             add(lines)
 
         return watch
+
+    try:
+        run = _measured(board, point, seed, curve, shown)
+    except BaseException as error:
+        curve.fail(error)
+        raise
+    curve.flush()
+    final = {f"{judge}.validation_score": score for judge, score in run["scores"].items()}
+    numbers = {key: run[key] for key in (*OF_PRETRAINING, "pretrain_seconds", "device_hours") if key in run}
+    first = next(iter(run["scores"].values()))
+    board.record.metrics(curve.run, {**numbers, **final, "validation_score": first})
+    board.record.end(curve.run)
+    workspace.write_json(done, run)
+    return run
+
+
+def _measured(board: Board, point: Point, seed: int, curve: Any, shown: Callable[..., Watch]) -> Point:
+    """Measure a point with a seed; `shown` gives the watch of a job, by its part and the prefix of its values."""
 
     def finish(one: Measured, part: str, prefix: str = "") -> None:
         shown(part, prefix)(read_curve(one.folder / "curve.jsonl"))
@@ -94,7 +112,7 @@ def measure(board: Board, point: Point, seed: int) -> Point:
         finish(judged[judge], judge, f"{judge}.")
     seconds = (begun.seconds if begun else 0.0) + sum(one.seconds for one in judged.values())
     scores = {judge: float(one.result["validation_score"]) for judge, one in judged.items()}
-    run: Point = {
+    return {
         "seed": seed,
         "mlflow_run_id": curve.run,
         "scores": scores,
@@ -108,13 +126,6 @@ def measure(board: Board, point: Point, seed: int) -> Point:
         "picture": str(begun.folder / PIXELS) if begun else None,
         **({key: begun.result[key] for key in OF_PRETRAINING if key in begun.result} if begun else {}),
     }
-    curve.flush()
-    final = {f"{judge}.validation_score": score for judge, score in scores.items()}
-    numbers = {key: run[key] for key in (*OF_PRETRAINING, "pretrain_seconds", "device_hours") if key in run}
-    board.record.metrics(curve.run, {**numbers, **final, "validation_score": next(iter(scores.values()))})
-    board.record.end(curve.run)
-    workspace.write_json(done, run)
-    return run
 
 
 def _baseline(board: Board) -> Point:
@@ -232,7 +243,7 @@ def ablate(name: str) -> None:
     seeds, given = stage.params["seeds"], rows.judges("ablate", name)
     jobs = len(seeds) * sum(len(given) + bool(point["row"]) for point in points)
     try:
-        with Bar(f"ablate {name}", jobs) as bar:
+        with workers, Bar(f"ablate {name}", jobs) as bar:
             board = Board(stage, Laboratory(stage, workers), record, bar)
             # A seed over all points before the next: what is cut off early has every point.
             asked = [(point, seed, measure.submit(board, point, seed)) for seed in seeds for point in points]
@@ -244,11 +255,9 @@ def ablate(name: str) -> None:
         require_baseline(stage, points)
         folder, found = publish(stage, record, points)
         show(stage, record, folder, found, points)
-    except BaseException:
-        record.end(record.parent, "FAILED")
+    except BaseException as error:
+        record.fail(error)
         raise
-    finally:
-        workers.stop()
     stage.close()
 
 

@@ -14,7 +14,6 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -223,22 +222,6 @@ def ablation(found: Ablation) -> bytes:
         if path or crossed:
             return _png(_lines(found, path or found.axes[0], crossed))
         return _png(_dots(found))
-
-
-def recoveries(pictures: Mapping[str, Path]) -> bytes:
-    """Put the pictures of an ablation's points below each other, each with its label."""
-    if not pictures:
-        return _empty("No point left a picture.")
-    images = {label: matplotlib.image.imread(path) for label, path in pictures.items()}
-    with matplotlib.rc_context(STYLE):
-        shares = [image.shape[0] / image.shape[1] for image in images.values()]
-        figure = Figure((WIDTH_IN, sum(WIDTH_IN * share + 0.3 for share in shares)), layout="constrained")
-        grid = figure.subplots(len(images), squeeze=False, height_ratios=shares)
-        for axes, (label, image) in zip(grid[:, 0], images.items(), strict=True):
-            axes.imshow(image, interpolation="none")
-            axes.set_title(label)
-            axes.axis("off")
-        return _png(figure)
 
 
 def _crossed(found: Ablation) -> str | None:

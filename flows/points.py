@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from flows import rows, workspace
 from flows.stage import Stage, published
-from flows.workers import Watch, Workers
+from flows.workers import POLL_SECONDS, StoppedError, Watch, Workers
 
 WEIGHTS, PICTURE, PIXELS = "encoder.safetensors", "recovery.png", "recovered.npz"
 
@@ -66,7 +67,7 @@ class Laboratory:
         # What is trained is the same with a probe and without, but its curve is another.
         job = {"kind": "pretrain", "row": {**row, "seed": 0}, "seed": seed, "fitted": file}
         job |= {"probe": dict(probe)} if probe else {}
-        return self._measure(job, [row | {"seed": seed}, made_of, probe], (WEIGHTS, PICTURE, PIXELS), watch)
+        return self._measure(job, [{**row, "seed": seed}, made_of, probe], (WEIGHTS, PICTURE, PIXELS), watch)
 
     def judged(
         self, judge: Mapping[str, Any], seed: int, begun: Measured | None, test: bool, watch: Watch = ignore
@@ -100,7 +101,7 @@ class Laboratory:
         folder.mkdir(parents=True, exist_ok=True)
         done = folder / "result.json"
         if not done.exists():
-            with alone(folder):
+            with alone(folder, lambda: self.workers.stopping):
                 if not done.exists():
                     work = {**job, "pack": str(self.stage.pack), "folder": str(folder)}
                     result = self.workers.run(work, watch)
@@ -118,10 +119,20 @@ class Laboratory:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder alone; the system lets go of it when the process ends, however it ends."""
+def alone(folder: Path, stopping: Callable[[], bool]) -> Iterator[None]:
+    """Hold a folder alone, or wait for it; the system lets go of it when the process ends, however it ends.
+
+    Raises StoppedError where the wait has to end.
+    """
     with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stopping():
+                    raise StoppedError(0) from None
+                time.sleep(POLL_SECONDS)
         yield
 
 

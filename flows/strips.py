@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from flows.figures import DPI, STYLE, WIDTH_IN
 
@@ -36,8 +37,8 @@ def recovered(files: Mapping[str, Path]) -> bytes:
     height, width = originals.shape[1:3]
     side = WIDTH_IN / max(across, 6)
     with matplotlib.rc_context(STYLE):
-        figure = Figure((side * across, side * height / width * count + 0.45), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)  # type: ignore[union-attr]
+        close = ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
+        figure = Figure((side * across, side * height / width * count + 0.45), layout=close)
         grid: Any = figure.subplots(count, across, squeeze=False)
         for column, (label, images) in enumerate(columns.items()):
             for row in range(count):

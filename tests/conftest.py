@@ -256,6 +256,7 @@ def make_clone(folder: Path) -> Clone:
         "params/recipes.yaml",
         "dvc.yaml",
         "data.dvc",
+        "prefect.yaml",
         ".dvc/config",
         ".dvc/.gitignore",
         ".dvcignore",

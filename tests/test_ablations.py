@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows import ablations, figures
+from flows import ablations, figures, strips
 from flows.workspace import UserError
 
 # Around a mean, by seed; sums are zero, so that means are the ones that are given.
@@ -235,7 +235,12 @@ def test_figures_are_pictures_that_equal_results_make_equal() -> None:
 
 
 def test_recoveries_of_all_points_are_one_picture(tmp_path: Path) -> None:
-    Image.new("RGB", (60, 20), "red").save(tmp_path / "one.png")
-    drawn = Image.open(io.BytesIO(figures.recoveries({"a": tmp_path / "one.png", "b": tmp_path / "one.png"})))
-    assert drawn.height > drawn.width / 2
-    assert figures.recoveries({})
+    """The same images a row; a column for the original, what is seen of it, and each point."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        pictures = {key: rng.integers(0, 255, (5, 1, 8, 16), np.uint8) for key in ("originals", "composites")}
+        np.savez(tmp_path / f"{name}.npz", **pictures, hidden=rng.random((5, 8, 16)) < 0.5)
+    drawn = Image.open(io.BytesIO(strips.recovered({name: tmp_path / f"{name}.npz" for name in ("a", "b")})))
+    # Four columns of images twice as wide as high, in four rows.
+    assert drawn.width > 1.2 * drawn.height
+    assert strips.recovered({})

@@ -57,8 +57,8 @@ def _faults(section: str, row: AblationRow | SearchRow, params: Params, where: s
     if isinstance(row, SearchRow):
         for name in row.warm_start:
             if name not in params.ablated():
-                known = sorted(params.ablated())
-                yield f"{where}.warm_start: '{name}' is not one of {known}{nearest(name, known)}"
+                ablated = sorted(params.ablated())
+                yield f"{where}.warm_start: '{name}' is not one of {ablated}{nearest(name, ablated)}"
     size = size_of(params, row.data)
     seen: list[PretrainRow] = []
     for place, one in rows:
@@ -66,8 +66,8 @@ def _faults(section: str, row: AblationRow | SearchRow, params: Params, where: s
             continue
         seen.append(one)
         if one.fitted and one.fitted not in params.targets:
-            known = sorted(params.targets)
-            yield f"{place}: target.fitted: '{one.fitted}' is not one of {known}{nearest(one.fitted, known)}"
+            targets = sorted(params.targets)
+            yield f"{place}: target.fitted: '{one.fitted}' is not one of {targets}{nearest(one.fitted, targets)}"
             continue
         yield from (f"{place}: {fault}" for fault in fits(one, size, params))
     key, given = ("judges", row.judges) if isinstance(row, AblationRow) else ("judge", row.judge)

@@ -32,7 +32,7 @@ def settings(ablation: AblationRow) -> dict[str, Changes]:
     assert axes is not None, "held by the validator"
     values = itertools.product(*axes.values()) if ablation.grid is not None else zip(*axes.values(), strict=True)
     each = [dict(zip(axes, one, strict=True)) for one in values]
-    found = {label(one): one for one in each}
+    found: dict[str, Changes] = {label(one): one for one in each}
     if len(found) < len(each):
         raise ValueError(f"found values written alike: {', '.join(map(label, each))}; delete what stands twice")
     return found
