@@ -216,12 +216,12 @@ def meaning(found: Ablation, table: Judged) -> list[str]:
     scratch = any(line.scratch for line in table.lines)
     told = [
         f"Scores are on validation images. Intervals: Student's t over seeds, 95 %; differences to the baseline "
-        f"({table.base.label}) are paired by seed."
+        f"({table.base.label}) are paired by seed, their scatter pooled over the table but where a point scatters more."
     ]
     if table.tested:
         told.append(
-            f"Holm p: two-sided paired t test, adjusted for the {several} of the table; below 0.05 it is claimed as a "
-            f"difference. {_marked(table)}"
+            f"Holm p: two-sided t test of the difference, adjusted for the {several} of the table; below 0.05 it is "
+            f"claimed as a difference. {_marked(table)}"
         )
     told += [missed(table)]
     told += ["From scratch is a reference: its difference is not among the comparisons."] if scratch else []
@@ -385,21 +385,23 @@ def _judged(judge: str, about: Mapping[str, Any], points: Sequence[Mapping[str, 
     for point, seeds in zip(points, scores, strict=True):
         shared = [seed for seed in seeds if seed in scores[base]]
         gain = difference([seeds[s] for s in shared], [scores[base][s] for s in shared]) if shared else None
+        said = compared.get(point["label"])
+        gain = said.difference if said and gain else gain
         seconds = _mean(point["runs"], "pretrain_seconds") if point["runs"] and not point["scratch"] else None
         lines.append(
             Line(
                 point["label"], point["values"], bool(point["baseline"]), bool(point["scratch"]),
                 point["label"] == top, point["runs"], point["failed"], seeds,
                 interval(list(seeds.values())) if seeds else None, None if point["baseline"] else gain,
-                compared.get(point["label"]), seconds / spent if seconds is not None and spent > 0 else None, seconds,
+                said, seconds / spent if seconds is not None and spent > 0 else None, seconds,
             )
         )  # fmt: skip
     # From scratch is last, wherever the file has it.
     lines.sort(key=lambda line: line.scratch)
     tested = [one for one in compared.values() if one.difference.count > 1]
     count = max((one.difference.count for one in tested), default=0)
-    said = next((one.detectable for one in tested if one.difference.count == count), math.nan)
-    return Judged(judge, about["metric"], about["task"], about["labels"], lines, len(tested), count, said)
+    least = next((one.detectable for one in tested if one.difference.count == count), math.nan)
+    return Judged(judge, about["metric"], about["task"], about["labels"], lines, len(tested), count, least)
 
 
 def _load(path: Path, name: str) -> Any:

@@ -82,8 +82,8 @@ def ledger(manifests: Iterable[Mapping[str, Any]]) -> Ledger:
     for manifest in given:
         compute = manifest.get("compute", {})
         name = str(compute.get("device"))
-        # Small runs share a machine, with a thread each: the most that any run used is the nearest to its cores.
-        threads[name] = max(threads.get(name, 1), int(compute.get("threads") or 1))
+        # Small runs share a machine with a thread each, so threads say its cores only where nothing else does.
+        threads[name] = max(threads.get(name, 1), int(compute.get("cores") or compute.get("threads") or 1))
     lines: list[Line] = []
     assumed: dict[str, None] = {}
     for manifest in given:

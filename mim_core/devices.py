@@ -7,6 +7,7 @@ is a further 1.55 times the fused kernel, whose bf16 backward is slow on CPU. On
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def describe(compute: Compute) -> dict[str, Any]:
         "type": compute.device.type,
         "precision": "bf16" if compute.bf16 else "fp32",
         "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch": torch.__version__,
     }
 

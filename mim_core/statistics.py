@@ -1,9 +1,13 @@
 """Statistics over seeds: means, paired differences, and what a table of them may claim.
 
-A table compares several points with one baseline, seed by seed. Its p-values are of paired t tests and adjusted for
-their number by Holm's procedure (S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian
-Journal of Statistics 6, 1979), so that of all tables in which nothing differs at most one in twenty claims anything,
-however the points depend on each other.
+A table compares several points with one baseline, seed by seed. Few seeds say little about how much one point scatters,
+so a table's points are taken together: the residual of scores about their point and their seed (a randomised block
+design; G. Casella, "Statistical Design", 2008, chapter 3) has (points - 1) (seeds - 1) degrees of freedom. A point
+whose own differences scatter more is tested by its own deviation. P-values are adjusted for their number by Holm's
+procedure (S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6,
+1979), so that of all tables in which nothing differs at most one in twenty claims anything. That holds where points
+scatter alike and where some scatter several times as much; a baseline that alone scatters three times as much as all
+others raises it to one in ten (all simulated in the tests).
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -58,9 +63,9 @@ def difference(values: Sequence[float], baseline: Sequence[float]) -> Interval:
 class Comparison:
     """A point beside the baseline: `difference` is paired, over the seeds that both have.
 
-    `p` is of the two-sided paired t test and `adjusted` Holm's over the table, both nan below two seeds. `claimed` says
-    that the table may call it a difference. `detectable` is the smallest true difference that would be claimed in four
-    of five tables of as many seeds, nan where it cannot be said.
+    `p` is of the two-sided t test and `adjusted` Holm's over the table, both nan below two seeds; the interval of the
+    difference is that test's. `claimed` says that the table may call it a difference. `detectable` is the smallest true
+    difference that would be claimed in four of five tables of as many seeds, nan where it cannot be said.
     """
 
     difference: Interval
@@ -73,28 +78,35 @@ class Comparison:
 def versus(baseline: Mapping[int, float], others: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
     """Compare each of several points with the baseline; values by seed.
 
-    A point with fewer than two of the baseline's seeds is not tested, and does not count as a comparison.
+    A point with fewer than two of the baseline's seeds is not tested, and does not count as a comparison. Scatter is
+    pooled over the seeds that all tested points have.
     """
-    differences = {
-        label: np.array([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
-        for label, values in others.items()
-    }
-    tested = {label: found for label, found in differences.items() if len(found) > 1}
-    p = {label: float(p_values(found)) for label, found in tested.items()}
+    shared = {label: sorted(values.keys() & baseline.keys()) for label, values in others.items()}
+    found = {label: np.array([others[label][one] - baseline[one] for one in seeds]) for label, seeds in shared.items()}
+    tested = [label for label, one in found.items() if len(one) > 1]
+    whole = sorted(set.intersection(set(baseline), *(set(shared[label]) for label in tested)))
+    table = np.array([[one[seed] for seed in whole] for one in (baseline, *(others[label] for label in tested))])
+    own = {label: float(found[label].var(ddof=1)) for label in tested}
+    pooled, freedom = spread(table) if tested and len(whole) > 1 else (np.zeros(()), 0)
+    if not freedom:  # no two seeds in common: pooled over the points' own, by degrees of freedom
+        freedom = sum(len(found[label]) - 1 for label in tested)
+        squares = sum((len(found[label]) - 1) * own[label] for label in tested)
+        pooled = np.array(squares / freedom) if freedom else pooled
+    error = {label: math.sqrt(max(float(pooled), own[label])) for label in tested}
+    typical = math.sqrt(sum(one**2 for one in error.values()) / len(tested)) if tested else math.nan
+    p = {label: float(p_values(found[label].mean(), error[label], len(found[label]), freedom)) for label in tested}
     adjusted = dict(zip(p, holm(np.array(list(p.values()))).tolist(), strict=True))
-    # Pooled by degrees of freedom: the root mean square of the deviations where all have the same seeds.
-    freedom = sum(len(found) - 1 for found in tested.values())
-    variance = sum(float(((found - found.mean()) ** 2).sum()) for found in tested.values()) / max(freedom, 1)
-    return {
-        label: Comparison(
-            interval(found.tolist()) if len(found) else Interval(math.nan, math.nan, 0),
-            p.get(label, math.nan),
-            adjusted.get(label, math.nan),
-            adjusted.get(label, 1.0) < LEVEL,
-            detectable(math.sqrt(variance), len(found), len(tested)) if label in tested else math.nan,
-        )
-        for label, found in differences.items()
-    }
+    compared: dict[str, Comparison] = {}
+    for label, one in found.items():
+        mean, count = float(one.mean()) if len(one) else math.nan, len(one)
+        if label not in p:
+            compared[label] = Comparison(Interval(mean, math.nan, count), math.nan, math.nan, False, math.nan)
+            continue
+        half = float(special.stdtrit(freedom, 1 - LEVEL / 2)) * error[label] / math.sqrt(count)
+        least = detectable(typical, count, len(tested), freedom)
+        claim = adjusted[label] < LEVEL
+        compared[label] = Comparison(Interval(mean, half, count), p[label], adjusted[label], claim, least)
+    return compared
 
 
 def best(means: Mapping[str, float], compared: Mapping[str, Comparison]) -> str | None:
@@ -107,18 +119,29 @@ def best(means: Mapping[str, float], compared: Mapping[str, Comparison]) -> str 
     return first if found and found.claimed and found.difference.mean > 0 else None
 
 
-def p_values(differences: Float[np.ndarray, "*tables seeds"]) -> Float[np.ndarray, "*tables"]:
-    """Two-sided p of Student's t test that paired differences have mean zero; at least two seeds.
+def spread(scores: Float[np.ndarray, "*tables points seeds"]) -> tuple[Float[np.ndarray, "*tables"], int]:
+    """Give the variance of a difference of two points with one seed, and its degrees of freedom.
+
+    It is twice the mean square of what is left of the scores beside the means of points and of seeds.
+    """
+    points, seeds = scores.shape[-2:]
+    residual = scores - scores.mean(-1, keepdims=True) - scores.mean(-2, keepdims=True)
+    residual = residual + scores.mean((-1, -2), keepdims=True)
+    freedom = (points - 1) * (seeds - 1)
+    return 2 * (residual**2).sum((-1, -2)) / freedom, freedom
+
+
+def p_values(mean: Any, deviation: Any, count: int, freedom: int) -> Float[np.ndarray, "*tables"]:
+    """Two-sided p of Student's t test that differences have mean zero; mean and deviation are over `count` seeds.
 
     Differences that do not vary at all have p 1: seeds can only agree to the last digit where the score is counted in
     steps too coarse to show how they vary, which says nothing about chance.
     """
-    count = differences.shape[-1]
-    mean, deviation = differences.mean(-1), differences.std(-1, ddof=1)
+    mean, deviation = np.asarray(mean, float), np.asarray(deviation, float)
     # Equal differences of scores differ in their last bits.
-    varies = deviation > 1e-12 * np.abs(differences).max(-1)
+    varies = deviation > 1e-12 * np.maximum(np.abs(mean), 1e-300)
     t = np.divide(mean, deviation / math.sqrt(count), out=np.zeros_like(mean), where=varies)
-    return np.asarray(2 * special.stdtr(count - 1, -np.abs(t)))
+    return np.asarray(2 * special.stdtr(freedom, -np.abs(t)))
 
 
 def holm(p: Float[np.ndarray, "*tables points"]) -> Float[np.ndarray, "*tables points"]:
@@ -131,19 +154,18 @@ def holm(p: Float[np.ndarray, "*tables points"]) -> Float[np.ndarray, "*tables p
     return adjusted
 
 
-def detectable(deviation: float, count: int, comparisons: int) -> float:
+def detectable(deviation: float, count: int, comparisons: int, freedom: int) -> float:
     """Give the smallest true difference that four tables of five find, with paired differences of this deviation.
 
-    Found means at 0.05 / comparisons, Holm's first step, two-sided and with `count` seeds, at least two. The power is
-    from the noncentral t distribution.
+    Found means at 0.05 / comparisons, Holm's first step, two-sided and with `count` seeds, at least two; the deviation
+    is known from `freedom` degrees of freedom. The power is from the noncentral t distribution.
     """
-    return _shift(count, comparisons) * deviation / math.sqrt(count)
+    return _shift(freedom, comparisons) * deviation / math.sqrt(count)
 
 
 @cache
-def _shift(count: int, comparisons: int) -> float:
+def _shift(freedom: int, comparisons: int) -> float:
     """Give the noncentrality at which |t| exceeds its critical value with the stated power."""
-    freedom = count - 1
     critical = special.stdtrit(freedom, 1 - LEVEL / comparisons / 2)
     # A noncentral t is (z + shift) / s with s a chi over the root of its degrees of freedom. The mean over quantiles of
     # s is right to 1e-4 everywhere; scipy's nct is nan at the few degrees of freedom that seeds have.
