@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +80,7 @@ class Record:
     def metrics(self, run: str | None, values: Mapping[str, Any], step: int = 0) -> None:
         now = int(time.time() * 1000)
         points = [
-            Metric(key, float(value), now, step)
+            Metric(named(key), float(value), now, step)
             for key, value in values.items()
             if isinstance(value, (int, float)) and math.isfinite(value)
         ]
@@ -156,8 +157,9 @@ class Record:
             tags["mlflow.parentRunId"] = parent
         run: str = self.client.create_run(_experiment(self.client), tags=tags).info.run_id
         self.open.add(run)
-        flat = [Param(key, str(value)[:6000]) for key, value in flatten(params).items()]
-        self.client.log_batch(run, params=flat)
+        flat = [Param(named(key), str(value)[:6000]) for key, value in flatten(params).items()]
+        for start in range(0, len(flat), 100):  # MLflow's limit a call
+            self.client.log_batch(run, params=flat[start : start + 100])
         dataset = Dataset(
             self.data["name"], self.data["md5"], "local", json.dumps({"folder": f"data/{self.data['name']}"})
         )
@@ -247,6 +249,11 @@ def flatten(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         else:
             flat[f"{path}{key}"] = inner
     return flat
+
+
+def named(key: str) -> str:
+    """Write a name as MLflow takes it: labels of points may hold more than letters, digits and the signs it knows."""
+    return re.sub(r"[^\w\-. :/]", "", key)
 
 
 def _commit() -> str:

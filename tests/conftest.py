@@ -214,7 +214,7 @@ ablations_fitted:
     base: simmim_vit
     change: {optim.epochs: 1}
     points:
-      pixels: {target: pixels}
+      pixels, raw: {target: pixels}
       tokens: {target: {name: tokens, fitted: codes}, loss: cross_entropy}
     seeds: [0]
     judges: {simmim_vit_2000: {lr_grid: [1.0e-3]}}

@@ -90,6 +90,13 @@ def test_mlflow_holds_a_run_a_point_and_the_axis_as_a_curve(served: Clone) -> No
     assert {"table.md", "table.csv", "figure.png", "recoveries.png", "results.json"} <= names
 
 
+def test_a_label_that_mlflow_takes_for_no_name_costs_no_record(served: Clone) -> None:
+    manifest = json.loads((served.folder / "runs/ablate/targets/manifest.json").read_text())
+    parent = client(served).get_run(manifest["mlflow_run_id"])
+    assert parent.data.params["points.pixels raw.target"] == "pixels"
+    assert parent.data.metrics
+
+
 def test_prefect_shows_a_task_a_point_and_the_table(served: Clone) -> None:
     manifest = json.loads((served.folder / "runs/ablate/mask_ratio/manifest.json").read_text())
     tasks = prefect(
