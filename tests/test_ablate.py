@@ -193,3 +193,36 @@ def test_a_point_that_fails_is_in_the_table_and_stops_no_other(alone: Clone, tmp
         assert "failed" in (alone.folder / "runs/ablate/mask_ratio/table.md").read_text()
     finally:
         (alone.folder / "params/ablations.yaml").write_text(text)
+
+
+@pytest.mark.slow
+def test_servers_that_die_in_the_middle_cost_no_point(tmp_path: Path) -> None:
+    """Both servers get kill -9; whether the flow lives through it or not, the same command ends in the same table."""
+    own = make_clone(tmp_path / "clone")
+    own.edit("params/ablations.yaml", ("optim.epochs: 2", "optim.epochs: 12"))
+    home = own.folder / ".unmask"
+    try:
+        own.unmask("data", "restore")
+        own.unmask("up")
+        own.run(sys.executable, "-m", "flows.prepare", "scenes")
+        process = own.start(sys.executable, "-m", "flows.ablate", "mask_ratio")
+        wait(lambda: len(finished(home)) >= 3)
+        for server in json.loads((home / "servers.json").read_text()).values():
+            os.killpg(server["pid"], signal.SIGKILL)
+        process.communicate(timeout=900)
+        before = finished(home)
+        said = own.unmask("ablate", "mask_ratio")
+        assert "from scratch" in said
+        disturbed, after = scores(results(own)), finished(home)
+        assert {name: after[name] for name in before} == before, "a finished point was run again"
+        runs = client(own).search_runs(["1"], "tags.ablation = 'mask_ratio'")
+        assert {run.info.status for run in runs} == {"FINISHED"}
+        assert len(runs) == sum(map(len, disturbed.values()))
+
+        undisturbed = ablate(own, tmp_path / "undisturbed")
+        output, _ = undisturbed.communicate(timeout=600)
+        assert undisturbed.returncode == 0, output
+        assert scores(results(own)) == disturbed
+    finally:
+        own.environment.pop("UNMASK_HOME", None)
+        own.unmask("down")
