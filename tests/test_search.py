@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import Clone, make_clone
 from optuna.trial import TrialState
@@ -486,12 +487,16 @@ def test_a_flow_and_a_worker_killed_mid_trial_end_as_an_undisturbed_search(tmp_p
                 points = clone.folder / ".unmask" / "points"
                 busy = next(iter(wait_for(lambda points=points: unfinished(points))))  # type: ignore[misc]
                 pid = process.pid if victim == "flow" else int((busy / "worker.pid").read_text())
+                children = psutil.Process(process.pid).children()
                 os.kill(pid, signal.SIGKILL)
                 if victim == "worker":
                     said, _ = process.communicate(timeout=900)  # the job is gone on with, inside its trial
                     assert process.returncode == 0, said
                 else:
                     process.wait()
+                    for server in (one for one in children if "uvicorn" in one.cmdline()):
+                        server.kill()  # Prefect's own temporary one, which outlives a flow that is killed
+                    process.communicate()
         else:
             said, _ = one_worker(clone).communicate(timeout=900)
             assert "Traceback" not in said
