@@ -90,7 +90,7 @@ def accuracy(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
     """Draw the test score per arm: a dot a seed, the mean and its 95 % interval, the best on top of its comparison."""
     groups = [sorted(group, key=lambda arm: arm.score.mean) for group in comparisons(arms)]
     if not groups:
-        return _empty("No downstream result is published.")
+        return empty("No downstream result is published.")
     rows = [len(group) for group in groups]
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH_IN, 0.55 + 0.34 * sum(rows) + 0.34 * len(groups)), layout="constrained")
@@ -111,7 +111,7 @@ def accuracy(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
         grid[0, 0].xaxis.set_major_locator(MaxNLocator(7))
         grid[0, 0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
         grid[-1, 0].set_xlabel(f"test {measure(arms)} (%): seeds, mean and 95 % interval over seeds")
-        return _png(figure)
+        return png(figure)
 
 
 def _arm(axes: Axes, place: int, arm: Arm, look: Look) -> None:
@@ -134,7 +134,7 @@ def _arm(axes: Axes, place: int, arm: Arm, look: Look) -> None:
 def pretraining(runs: Sequence[Pretrained], colour: Mapping[str, str]) -> bytes:
     """Draw a line of two panels per run: the loss in training and validation, and the hole-only PSNR on validation."""
     if not runs:
-        return _empty("No pretraining run is published.")
+        return empty("No pretraining run is published.")
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH_IN, 0.15 + (2.0 if len(runs) <= FEW else 1.5) * len(runs)), layout="constrained")
         panels = figure.subplots(len(runs), 2, squeeze=False, sharex="row")
@@ -162,14 +162,14 @@ def pretraining(runs: Sequence[Pretrained], colour: Mapping[str, str]) -> bytes:
                 axes.yaxis.set_major_locator(MaxNLocator(5) if axes is left or values else NullLocator())
         for axes in panels[-1]:
             axes.set_xlabel("optimisation step")
-        return _png(figure)
+        return png(figure)
 
 
 def lr_grid(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
     """Draw the validation score over the learning rates tried, a panel a comparison; a ring marks the chosen one."""
     groups = [group for group in comparisons(arms) if any(arm.grid for arm in group)]
     if not groups:
-        return _empty("No learning-rate grid is published.")
+        return empty("No learning-rate grid is published.")
     most = max(map(len, groups))
     # Many lines need the whole width, and their legend a place beside them.
     across = min(2, len(groups)) if most <= FEW else 1
@@ -196,7 +196,7 @@ def lr_grid(arms: Sequence[Arm], look: Mapping[str, Look]) -> bytes:
                 axes.set_ylabel(f"validation {measure(group)} (%)")
         for axes in panels[len(groups) :]:
             axes.set_visible(False)
-        return _png(figure)
+        return png(figure)
 
 
 def _tried(axes: Axes, arm: Arm, look: Look) -> None:
@@ -220,8 +220,8 @@ def ablation(found: Ablation) -> bytes:
     crossed = _crossed(found)
     with matplotlib.rc_context(STYLE):
         if path or crossed:
-            return _png(_lines(found, path or found.axes[0], crossed))
-        return _png(_dots(found))
+            return png(_lines(found, path or found.axes[0], crossed))
+        return png(_dots(found))
 
 
 def _crossed(found: Ablation) -> str | None:
@@ -539,14 +539,16 @@ def _series(curve: Sequence[Mapping[str, float]], key: str) -> tuple[list[float]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _empty(said: str) -> bytes:
+def empty(said: str) -> bytes:
+    """A picture that says why there is none."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH_IN, 0.6))
         figure.text(0.5, 0.5, said, ha="center", va="center", color=GREY)
-        return _png(figure)
+        return png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Draw a figure as PNG; equal figures are equal bytes."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     # No name of a version inside: equal results make equal bytes.

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from flows import searches
-from flows.figures import GREY, INK, MUTED, STYLE, WIDTH_IN, _png
+from flows.figures import GREY, INK, MUTED, STYLE, WIDTH_IN, png
 from flows.searches import Search
 
 FOUND, DEFAULT, LOST = MUTED[2], MUTED[0], MUTED[1]
@@ -33,7 +33,7 @@ def search(found: Search) -> bytes:
         _importances(upper.add_subplot(grid[:, 1]), found)
         for axes, split in zip(lower.subplots(1, 2), searches.SCORES.values(), strict=True):
             _final(axes, found, split)
-        return _png(figure)
+        return png(figure)
 
 
 def _trials(axes: Axes, found: Search) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from flows.figures import DPI, STYLE, WIDTH_IN
+from flows.figures import STYLE, WIDTH_IN, empty, png
 
 SHOWN = 4
 GREY = 0.55
@@ -27,7 +25,7 @@ def recovered(files: Mapping[str, Path]) -> bytes:
     """
     loaded = {label: dict(np.load(path)) for label, path in files.items()}
     if not loaded:
-        return _png(Figure((WIDTH_IN, 0.6)), "No point has pictures.")
+        return empty("No point has pictures.")
     first = next(iter(loaded.values()))
     originals = _shown(first["originals"])
     seen = np.where(first["hidden"][:SHOWN, ..., None], GREY, originals)
@@ -46,7 +44,7 @@ def recovered(files: Mapping[str, Path]) -> bytes:
                 axes.imshow(images[row], interpolation="nearest", vmin=0, vmax=1)
                 axes.set_axis_off()
             grid[0, column].set_title(textwrap.fill(label, 13), fontsize=7)
-        return _png(figure)
+        return png(figure)
 
 
 def _shown(images: np.ndarray) -> np.ndarray:
@@ -54,12 +52,3 @@ def _shown(images: np.ndarray) -> np.ndarray:
     few = images[:SHOWN].astype(np.float32) / 255
     few = few[:, :3] if few.shape[1] >= 3 else few[:, :1].repeat(3, 1)
     return few.transpose(0, 2, 3, 1)
-
-
-def _png(figure: Figure, said: str = "") -> bytes:
-    if said:
-        figure.text(0.5, 0.5, said, ha="center", va="center")
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
