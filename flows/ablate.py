@@ -23,6 +23,7 @@ from mim_core.files import read_curve
 
 Point = dict[str, Any]
 SCRATCH: Point = {"label": "from scratch", "values": {}, "row": None, "baseline": False, "scratch": True}
+SUMMED = ("device_hours", "claims", "detectable")
 OF_PRETRAINING = ("parameters", "encoder_parameters", "images_seen", "hidden_share", "avg_distance_px", "hole_psnr")
 
 
@@ -64,10 +65,11 @@ def measure(board: Board, point: Point, seed: int) -> Point:
     if done.exists():
         return dict(json.loads(done.read_text()))
     name = board.stage.row
-    curve = board.record.child(
+    curve = board.record.point(
         f"{name}: {point['label']}, seed {seed}",
         folder,
-        {**(point["row"] or {"init": "scratch"}), "seed": seed, "point": point["label"]},
+        {**point["values"], "point": point["label"], "seed": seed},
+        {**(point["row"] or {"init": "scratch"}), "seed": seed},
         {"ablation": name, "point": point["label"], "baseline": str(point["baseline"]).lower(), "seed": str(seed)},
     )
 
@@ -195,7 +197,9 @@ def _drawn(point: Point) -> bool:
 @task(cache_policy=NO_CACHE)
 def show(stage: Stage, record: Any, folder: Path, found: ablations.Ablation, points: Sequence[Point]) -> None:
     """Show the ablation where people look: MLflow's parent run, with the axis as a curve, and Prefect's artifacts."""
-    record.metrics(record.parent, ablations.summary(found))
+    # The table has every point's; of single numbers a page of charts would be full.
+    told = ablations.summary(found)
+    record.metrics(record.parent, {key: one for key, one in told.items() if key.rpartition(".")[2] in SUMMED})
     for name, values in axis_curves(stage, points).items():
         for step, value in values.items():
             record.metrics(record.parent, {name: value}, step)
@@ -221,10 +225,14 @@ def axis_curves(stage: Stage, points: Sequence[Point]) -> dict[str, dict[int, fl
     percent = all(abs(one) <= 1 for one in values) and any(one != int(one) for one in values)
     axis = next(iter(at[0]["values"])) + ("_percent" if percent else "")
     found: dict[str, dict[int, float]] = {}
+    first = next(iter(at[0]["runs"][0]["scores"]))
     for point, value in zip(at, values, strict=True):
         for judge in point["runs"][0]["scores"]:
             mean = sum(run["scores"][judge] for run in point["runs"]) / len(point["runs"])
-            found.setdefault(f"{judge}.score_by_{axis}", {})[round(100 * value if percent else value)] = mean
+            metric = point["runs"][0]["metrics"][judge]
+            name = f"{metric}_by_{axis}" + ("" if judge == first else f" of {judge}")
+            mean = sum(run["scores"][judge] for run in point["runs"]) / len(point["runs"])
+            found.setdefault(name, {})[round(100 * value if percent else value)] = mean
     return found
 
 

@@ -56,12 +56,10 @@ class Bench:
         return None if pruner["name"] == "none" else {key: pruner[key] for key in ("labels", "evaluations")}
 
     def child(self, name: str, row: Row, seed: int, settings: Mapping[str, Any], tags: Mapping[str, str]) -> Any:
-        """Open the MLflow run of a trial or of a run of the final comparison; choices stand beside the whole row."""
-        search = self.stage.row
-        params = {**row, "seed": seed, "choice": dict(settings)}
-        return self.record.child(
-            f"{search} {name}", self.state / name.replace(" ", "_"), params, {"search": search, **tags}
-        )
+        """Open the MLflow run of a trial or of a run of the final comparison, told apart by its choices."""
+        search, folder = self.stage.row, self.state / name.replace(" ", "_")
+        whole, further = {**row, "seed": seed}, {"search": search, **tags}
+        return self.record.point(f"{search} {name}", folder, {**settings, "seed": seed}, whole, further)
 
 
 def checked(name: str) -> Stage:

@@ -27,6 +27,8 @@ from flows.workers import StoppedError
 
 EXPERIMENT = "unmask"
 UPLOAD_SECONDS = 5.0
+SCORE = "validation_score"
+"""What points are compared by."""
 HIDDEN = frozenset({"step", "steps", "time"})
 Given = TypeVar("Given")
 
@@ -71,10 +73,22 @@ class Record:
             warnings.warn(f"MLflow does not answer, the run goes on without it: {self.lost}", stacklevel=2)
             return None
 
-    def child(self, name: str, folder: Path, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> Curve:
-        """Open a job's run under the stage's, or the one that the job's folder says is there; `tags` are its further
-        ones."""
-        run = self.attempt(lambda: self._open(name, folder, params, self.parent, tags))
+    def child(self, name: str, folder: Path, params: Mapping[str, Any]) -> Curve:
+        """Open a job's run under the stage's, or the one that the job's folder says is there."""
+        return Curve(self, self.attempt(lambda: self._open(name, folder, params, self.parent)))
+
+    def point(
+        self, name: str, folder: Path, params: Mapping[str, Any], row: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> Curve:
+        """Open the run of a point, as `child` does, for a page that compares many.
+
+        MLflow's page begins with the first params that differ and the metric that was written first. So its params are
+        the few that tell points apart, the whole `row` is an artifact, and its score, nan so far, comes first.
+        """
+        run = self.attempt(lambda: self._open(name, folder, params, self.parent, tags, row))
+        if run:
+            unknown = [Metric(SCORE, math.nan, int(time.time() * 1000), 0)]
+            self.attempt(lambda: self.client.log_batch(run, metrics=unknown))
         return Curve(self, run)
 
     def metrics(self, run: str | None, values: Mapping[str, Any], step: int = 0) -> None:
@@ -139,6 +153,7 @@ class Record:
         params: Mapping[str, Any],
         parent: str | None,
         further: Mapping[str, str] | None = None,
+        row: Mapping[str, Any] | None = None,
     ) -> str:
         marker = folder / "mlflow.json"
         if marker.exists():
@@ -164,7 +179,7 @@ class Record:
             self.data["name"], self.data["md5"], "local", json.dumps({"folder": f"data/{self.data['name']}"})
         )
         self.client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", self.stage)])])
-        self.client.log_dict(run, dict(params), "params.json")
+        self.client.log_dict(run, dict(row or params), "params.json")
         folder.mkdir(parents=True, exist_ok=True)
         workspace.write_json(marker, {"run_id": run})
         return run

@@ -80,10 +80,12 @@ def test_mlflow_holds_a_run_a_point_and_the_axis_as_a_curve(served: Clone) -> No
         assert run.info.status == "FINISHED"
         score = scores(found)[run.data.tags["point"]][int(run.data.tags["seed"])]
         assert run.data.metrics["validation_score"] == pytest.approx(score)
+        assert next(iter(run.data.metrics)) == "validation_score", "the first is what the page that compares shows"
         if run.data.tags["point"] != "from scratch":
+            assert set(run.data.params) == {"mask.ratio", "point", "seed"}
             assert run.data.params["mask.ratio"] == run.data.tags["point"]
             assert there.get_metric_history(run.info.run_id, "loss")
-    curve = there.get_metric_history(manifest["mlflow_run_id"], "simmim_vit_2000.score_by_mask.ratio_percent")
+    curve = there.get_metric_history(manifest["mlflow_run_id"], "accuracy_by_mask.ratio_percent")
     means = {round(100 * float(label)): sum(of.values()) / 2 for label, of in scores(found).items() if label[0] == "0"}
     assert {point.step: pytest.approx(point.value) for point in curve} == means
     names = {artifact.path for artifact in there.list_artifacts(manifest["mlflow_run_id"])}

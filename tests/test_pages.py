@@ -8,16 +8,21 @@ import itertools
 import json
 import shutil
 import subprocess
+import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Clone, prefect
+from conftest import Clone, free_port, prefect
 from mlflow.tracking import MlflowClient
 from websockets.sync.client import ClientConnection, connect
+
+from flows.servers import port_taken
+from flows.workers import wait_until
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -126,3 +131,35 @@ def test_the_flow_run_page_and_the_artifact_show_the_gallery(served: Clone, tmp_
 def test_the_report_opens_from_its_file(served: Clone, tmp_path: Path) -> None:
     report = (served.folder / "report" / "index.html").as_uri()
     look(report, tmp_path, "simmim_vit_2000", "scratch", "data:image/png;base64,", "hole")
+
+
+def test_the_points_of_an_ablation_compare_and_its_axis_is_a_curve(served: Clone, tmp_path: Path) -> None:
+    mlflow = port(served, "mlflow")
+    runs = MlflowClient(mlflow).search_runs(["1"], "tags.ablation = 'mask_ratio'")
+    ids = urllib.parse.quote(json.dumps([run.info.run_id for run in runs]))
+    page = f"{mlflow}/#/compare-runs?runs={ids}&experiments=[%221%22]"
+    look(page, tmp_path / "compare", "Parallel Coordinates", "mask.ratio", "validation_score", "0.9, seed 1")
+    parent = run_id(served, "ablate", "mask_ratio", "mlflow")
+    charts = f"{mlflow}/#/experiments/1/runs/{parent}/model-metrics"
+    look(charts, tmp_path / "charts", "accuracy_by_mask.ratio_percent", "scatterlayer")
+
+
+def test_the_flow_run_of_an_ablation_shows_its_points(served: Clone, tmp_path: Path) -> None:
+    flow = run_id(served, "ablate", "mask_ratio", "prefect_flow")
+    page = f"{port(served, 'prefect')}/runs/flow-run/{flow}?tab=TaskRuns"
+    look(page, tmp_path, "ablate mask_ratio", "Completed", "0.9, seed 1")
+
+
+def test_optunas_dashboard_opens_the_study(served: Clone, tmp_path: Path) -> None:
+    (database,) = (served.folder / ".unmask" / "optuna").glob("recipe-*.db")
+    at = str(free_port())
+    command = [str(Path(sys.executable).with_name("optuna-dashboard")), "--host", "127.0.0.1", "--port", at]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*command, f"sqlite:///{database}"], stdout=log, stderr=log)
+        try:
+            assert wait_until(lambda: port_taken(int(at)), 120)
+            look(f"http://127.0.0.1:{at}/dashboard", tmp_path / "studies", database.stem)
+            look(f"http://127.0.0.1:{at}/dashboard/studies/0", tmp_path / "study", "mask.ratio", "scatterlayer")
+        finally:
+            process.terminate()
+            process.wait(30)
