@@ -228,7 +228,6 @@ def axis_curves(stage: Stage, points: Sequence[Point]) -> dict[str, dict[int, fl
     first = next(iter(at[0]["runs"][0]["scores"]))
     for point, value in zip(at, values, strict=True):
         for judge in point["runs"][0]["scores"]:
-            mean = sum(run["scores"][judge] for run in point["runs"]) / len(point["runs"])
             metric = point["runs"][0]["metrics"][judge]
             name = f"{metric}_by_{axis}" + ("" if judge == first else f" of {judge}")
             mean = sum(run["scores"][judge] for run in point["runs"]) / len(point["runs"])
