@@ -53,15 +53,15 @@ class Run:
     window: dict[str, Tensor] = field(default_factory=dict)
 
     def resume(self) -> int:
-        """Load the newest checkpoint, cut the curve back to it, and give the steps done."""
+        """Load the newest whole checkpoint, cut the curve back to it, and give the steps done."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = checkpoint.latest(self.folder / "checkpoints")
+        found = checkpoint.newest(self.folder / "checkpoints")
         step = 0
         for player in self.players.values():
             if player.average:
                 player.average.begin()
         if found:
-            about, weights, players = checkpoint.load(found)
+            about, weights, players = found
             self.model.load_state_dict({**self._frozen(), **weights})
             for name, player in self.players.items():
                 player.load_state_dict(players[name])
@@ -82,8 +82,9 @@ class Run:
 
     def report(self, step: int, scalars: Scalars) -> None:
         line = {"step": step, "steps": self.steps, "seconds": self.elapsed(), "time": time.time(), **scalars}
-        with (self.folder / "curve.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        text, curve = json.dumps(line) + "\n", self.folder / "curve.jsonl"
+        with checkpoint.written(curve, len(text)), curve.open("a") as file:
+            file.write(text)
 
     def save(self, step: int, now: bool = False) -> None:
         """Write a checkpoint where its minutes have passed, at the end, and `now` where that is asked for.
