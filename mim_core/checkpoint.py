@@ -111,6 +111,13 @@ def newest(folder: Path) -> Loaded | None:
     return loaded
 
 
+def drop_after(folder: Path, step: int) -> None:
+    """Drop the checkpoints after a step, but never the oldest."""
+    for found in reversed(_steps(folder)[1:]):
+        if int(found.name.removeprefix("step_")) > step:
+            shutil.rmtree(found, ignore_errors=True)
+
+
 def damage(checkpoint: Path) -> str:
     """Say what is wrong with a checkpoint's files; empty where they are what was written."""
     try:
