@@ -25,7 +25,12 @@ class Objective(Protocol):
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss was NaN or infinite; the message gives the steps between which it went wrong."""
+    """A loss, gradient norm or weight was NaN or infinite after step `since`; what went before was sound."""
+
+    def __init__(self, what: str, since: int, done: int) -> None:
+        mend = "lower optim.lr, lengthen optim.warmup_epochs or set precision: fp32"
+        super().__init__(f"{what} between steps {since + 1} and {done}; {mend}")
+        self.since = since
 
 
 class StoppedError(Exception):
@@ -83,19 +88,19 @@ def train(
         images += len(batch)
         done = step + 1
         if due(done, report_every, steps):
-            scalars = {key: value.item() / (done - since) for key, value in window.items()}
-            _check_finite(scalars, since, done)
+            scalars = _sound(window, players, since, done)
             scalars |= {"lr": players["model"].rate(step), "images_per_s": images / (time.perf_counter() - begun)}
             report(done, scalars)
             window.clear()
-            since = done
-            images, begun = 0, time.perf_counter()
+            since, images, begun = done, 0, time.perf_counter()
         if due(done, evaluate_every, steps):
             paused = time.perf_counter()
             report(done, evaluate(done))
             begun += time.perf_counter() - paused
         stopped = done < steps and stop()
         if stopped or due(done, save_every, steps):
+            if window:
+                _sound(window, players, since, done)
             save(done, stopped)
         if stopped:
             raise StoppedError(done)
@@ -103,10 +108,13 @@ def train(
             return
 
 
-def _check_finite(scalars: Scalars, since: int, done: int) -> None:
+def _sound(window: Mapping[str, Tensor], players: Mapping[str, Player], since: int, done: int) -> Scalars:
+    """Give the means of a window's sums; raises NonFiniteLossError where one, or a weight after it, is not finite."""
+    scalars = {key: value.item() / (done - since) for key, value in window.items()}
     for key, value in scalars.items():
-        if key.endswith("loss") and not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"{key} is {value} between steps {since + 1} and {done}; lower optim.lr, lengthen optim.warmup_epochs "
-                "or set precision: fp32"
-            )
+        if key.endswith(("loss", "grad_norm")) and not math.isfinite(value):
+            raise NonFiniteLossError(f"{key} is {value}", since, done)
+    weights = [p for one in players.values() for group in one.optimiser.param_groups for p in group["params"]]
+    if not torch.stack([weight.detach().isfinite().all() for weight in weights]).all():
+        raise NonFiniteLossError("a weight is not finite", since, done)
+    return scalars

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,9 +22,12 @@ from mim_core.files import read_curve, write_atomically
 from mim_core.optim import OPTIMISERS, SCHEDULES, Average, Player, param_groups
 from mim_core.params import FineTune
 from mim_core.spec import Piece, bind, build
-from mim_core.train import Objective, Scalars, train
+from mim_core.train import NonFiniteLossError, Objective, Scalars, train
 
 REPORTS = 100
+TRIES = 3
+"""How often the steps between two reports are tried again, each time at half the rate, where they end in NaN."""
+NONFINITE = "nonfinite.json"
 WINDOW = "window"
 """The name among a checkpoint's players of the sums since the last report."""
 
@@ -51,22 +55,27 @@ class Run:
     begun: float = field(default_factory=time.perf_counter)
     saved: float = field(default_factory=time.perf_counter)
     window: dict[str, Tensor] = field(default_factory=dict)
+    slowed: dict[int, int] = field(default_factory=dict)
+    """How often the rate is halved in the steps from one report (the key: steps done) to the next."""
+    first: dict[str, Tensor] = field(default_factory=dict)
+    """What the weights were before any step, until there is a checkpoint to go back to."""
 
     def resume(self) -> int:
-        """Load the newest checkpoint, cut the curve back to it, and give the steps done."""
+        """Load the newest whole checkpoint, cut the curve back to it, and give the steps done."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        found = checkpoint.latest(self.folder / "checkpoints")
+        found = checkpoint.newest(self.folder / "checkpoints")
         step = 0
         for player in self.players.values():
             if player.average:
                 player.average.begin()
         if found:
-            about, weights, players = checkpoint.load(found)
+            about, weights, players = found
             self.model.load_state_dict({**self._frozen(), **weights})
             for name, player in self.players.items():
                 player.load_state_dict(players[name])
             self.window = {name: one.to(_device(self.model)) for name, one in players[WINDOW].items()}
             step, self.seconds = about["step"], about["seconds"]
+            self.slowed = {int(key): tries for key, tries in about["slowed"].items()} | self.slowed
         curve = self.folder / "curve.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_curve(curve) if line["step"] <= step]
         write_atomically(curve, "".join(kept))
@@ -82,8 +91,9 @@ class Run:
 
     def report(self, step: int, scalars: Scalars) -> None:
         line = {"step": step, "steps": self.steps, "seconds": self.elapsed(), "time": time.time(), **scalars}
-        with (self.folder / "curve.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        text, curve = json.dumps(line) + "\n", self.folder / "curve.jsonl"
+        with checkpoint.written(curve, len(text)), curve.open("a") as file:
+            file.write(text)
 
     def save(self, step: int, now: bool = False) -> None:
         """Write a checkpoint where its minutes have passed, at the end, and `now` where that is asked for.
@@ -96,8 +106,9 @@ class Run:
         weights = {name: one for name, one in self.model.state_dict().items() if name not in frozen}
         players = {name: player.state_dict() for name, player in self.players.items()}
         players[WINDOW] = {name: one.cpu() for name, one in self.window.items()}
-        checkpoint.save(self.folder / "checkpoints", step, weights, players, {"seconds": self.elapsed()})
-        self.saved = time.perf_counter()
+        about = {"seconds": self.elapsed(), "slowed": self.slowed}
+        checkpoint.save(self.folder / "checkpoints", step, weights, players, about)
+        self.first, self.saved = {}, time.perf_counter()
 
     def train(
         self,
@@ -109,9 +120,82 @@ class Run:
     ) -> None:
         """Train from the newest checkpoint to the end; averaged weights are evaluated, and stay in the model.
 
-        Raises StoppedError where `STOP` asks for it, after a checkpoint.
+        Where a loss, a gradient or a weight is not finite, the run goes back to a checkpoint and takes the steps since
+        the last report at half the rate; then at a quarter, with those since the report before, as the harm may lie
+        there; and so on, TRIES times at most. Which steps are slow depends on neither checkpoints nor the clock.
+
+        Raises StoppedError where `STOP` asks for it, after a checkpoint; NonFiniteLossError after the last try.
         """
         start = self.resume()
+        if not start:
+            frozen = self._frozen()
+            state = self.model.state_dict()
+            self.first = {name: one.to("cpu", copy=True) for name, one in state.items() if name not in frozen}
+        every = max(1, self.steps // REPORTS)
+        for player in self.players.values():
+            player.rate = partial(self._rate, player.rate, every)
+        while True:
+            try:
+                self._train(objective, fetch, order, start, evaluate, evaluations)
+                return
+            except NonFiniteLossError as error:
+                start = self._back(error, order, every)
+
+    def _rate(self, rate: Callable[[int], float], every: int, step: int) -> float:
+        tries = self.slowed.get(step - step % every, 0)
+        return rate(step) / 2**tries if tries else rate(step)
+
+    def _back(self, error: NonFiniteLossError, order: Order, every: int) -> int:
+        """Go back to a checkpoint, or to the beginning, and note to be slower; gives the steps done.
+
+        Raises the error, with what was tried and seen, where it was tried often enough.
+        """
+        tries = self.slowed.get(error.since, 0)
+        if tries == TRIES:
+            until = min(error.since + every, self.steps)
+            batches = list(Order(order.indices, order.batch, order.seed, error.since, until))
+            images = [[index for _, index in batch] for batch in batches]
+            note = {
+                "error": str(error),
+                "after_step": error.since,
+                "seed": order.seed,
+                "tries": tries,
+                "images": images,
+            }
+            write_atomically(self.folder / NONFINITE, json.dumps(note))
+            seen = ", ".join(str(index) for index in images[0][:8])
+            error.args = (
+                f"{error}. Tried {tries} times more from a checkpoint, at down to 1/{2**tries} of the rate. "
+                f"The batches hold the training images {seen}, ...: all are in {self.folder / NONFINITE}",
+            )
+            raise error
+        slow = [error.since - every * back for back in range(tries + 1)]
+        self.slowed |= {since: max(tries + 1, self.slowed.get(since, 0)) for since in slow}
+        checkpoint.drop_after(self.folder / "checkpoints", slow[-1])
+        spent = self.elapsed()
+        step = self.resume()
+        if not step:
+            self.model.load_state_dict({**self._frozen(), **self.first})
+            self.window = {}
+            for player in self.players.values():
+                player.optimiser.state.clear()
+                if player.average:
+                    player.average.begin()
+        self.seconds, self.begun = spent, time.perf_counter()
+        warnings.warn(
+            f"{self.folder}: {error}: again from step {step}, at 1/{2 ** (tries + 1)} of the rate", stacklevel=2
+        )
+        return step
+
+    def _train(
+        self,
+        objective: Objective,
+        fetch: Callable[..., Any],
+        order: Order,
+        start: int,
+        evaluate: Callable[[int], Scalars],
+        evaluations: int,
+    ) -> None:
         every = max(1, self.steps // REPORTS)
         averages = [player.average for player in self.players.values() if player.average]
 
