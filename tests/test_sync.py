@@ -128,6 +128,7 @@ def check(address: str, folder: Path) -> tuple[Run, Run]:
     return parent, job
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 def test_what_a_dead_server_missed_is_sent_once_whenever_sync_is_killed(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,4 +240,6 @@ def test_a_server_that_fails_or_is_slow_costs_one_answer(
         rest(record, tmp_path / "job")  # its end waits 5 s at most
     assert time.monotonic() - begun < 8
     kept = [json.loads(line) for line in record.spool.path.read_text().splitlines()]
-    assert sum(len(one["points"]) for one in kept if one["op"] == "metrics") == 100 + 30 + 2
+    assert (
+        sum(len(one["points"]) for one in kept if one["op"] == "metrics") == 100 + 30 + 3
+    )  # steps, and twice the score
