@@ -234,7 +234,7 @@ class Spool:
                     copied.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, copied)  # not a link: what is published may be written anew in place
                     operation = {**operation, "path": str(copied)}
-                self.file.write(json.dumps(operation).encode() + b"\n")
+                self.file.write(json.dumps(operation, default=str).encode() + b"\n")
                 self.file.flush()
         except OSError as error:  # a full disk must not end the training
             warnings.warn(f"a part of MLflow's record is lost: {error}", stacklevel=4)

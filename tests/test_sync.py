@@ -240,6 +240,4 @@ def test_a_server_that_fails_or_is_slow_costs_one_answer(
         rest(record, tmp_path / "job")  # its end waits 5 s at most
     assert time.monotonic() - begun < 8
     kept = [json.loads(line) for line in record.spool.path.read_text().splitlines()]
-    assert (
-        sum(len(one["points"]) for one in kept if one["op"] == "metrics") == 100 + 30 + 3
-    )  # steps, and twice the score
+    assert sum(len(one["points"]) for one in kept if one["op"] == "metrics") == 100 + 30 + 3
