@@ -345,7 +345,12 @@ def _end_open(path: Path, sender: Sender) -> None:
     ended = {one["run"] for one in kept if one["op"] == "end"}
     for one in kept:
         if one["op"] == "open" and one["run"] not in ended:
-            run = sender.client.get_run(sender.resolve(one["run"]))
+            try:
+                run = sender.client.get_run(sender.resolve(one["run"]))
+            except MlflowException as error:
+                if _refused(error):  # it was cleared since
+                    continue
+                raise
             if run.info.status == "RUNNING" and run.data.tags.get("unmask.record") == one["record"]:
                 sender.client.set_terminated(run.info.run_id, "KILLED")
 
