@@ -17,6 +17,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.orchestration
 
+
 def refused(clone: Clone, *command: str, python: bool = True) -> str:
     """Run a command that has to fail without a traceback; gives what it said."""
     said = clone.run(*((sys.executable, "-m") if python else ()), *command, fails=True)
