@@ -315,6 +315,8 @@ def test_a_row_s_encoder_is_checked_at_the_size_of_its_windows(tmp_path: Path, w
         "targets": {"targets": {}},
         "pretrain": {"pretrain_fitted": {}, "pretrain": {}},
         "downstream": {"baselines": {"one": one}, "supervised": {}, "downstream": {}, "continued": {}},
+        "ablations": {"ablations_fitted": {}, "ablations": {}},
+        "search": {"search_fitted": {}, "search": {}},
     }
     for name, content in files.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
