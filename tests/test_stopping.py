@@ -22,7 +22,8 @@ from mlflow.tracking import MlflowClient
 from mim_core import checkpoint
 from mim_core.files import read_curve
 
-pytestmark = pytest.mark.orchestration
+# They hold seconds to a promise, which a machine busy with other tests cannot keep.
+pytestmark = [pytest.mark.orchestration, pytest.mark.slow]
 PRETRAIN = (sys.executable, "-m", "flows.pretrain", "simmim_vit")
 DOWNSTREAM = (sys.executable, "-m", "flows.downstream", "scratch_2000")
 AGAIN = "interrupted; the same command goes on from the last checkpoint"
