@@ -29,7 +29,7 @@ OF_PRETRAINING = ("parameters", "encoder_parameters", "images_seen", "hidden_sha
 
 def checked(name: str) -> Stage:
     """Check all that can be checked before work starts, labels and tokenizers too; raises UserError."""
-    stage = Stage("ablate", name, ("ablations_fitted", "ablations"))
+    stage = Stage("ablate", name, rows.LABORATORY["ablate"])
     where = f"ablations.yaml: {stage.section}.{name}"
     for judge, row in rows.judges("ablate", name).items():
         check_labels(row, rows.needs(judge), stage.pack, f"{where}.judges.{judge}")

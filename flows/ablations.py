@@ -26,7 +26,6 @@ from mim_core.changes import words
 if TYPE_CHECKING:
     from mim_core.statistics import Comparison, Interval
 
-SECTIONS = ("ablations_fitted", "ablations")
 WIDTH = 120
 """Columns of a terminal."""
 WHY = 60
@@ -123,7 +122,7 @@ def read() -> list[Ablation]:
     """Read the ablations that are published, in the order of the rows; raises UserError for a broken file."""
     given = rows.load()
     found = []
-    for name in (name for section in SECTIONS for name in given[section]):
+    for name in (name for section in rows.LABORATORY["ablate"] for name in given[section]):
         folder = workspace.run_folder("ablate", name)
         # The manifest comes last: without it the rest is not whole.
         if (folder / "manifest.json").exists():

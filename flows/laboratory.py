@@ -16,13 +16,12 @@ from flows import data, rows, servers, workspace
 
 Shown = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 """A headline, the header of a table, and its lines."""
-SECTIONS = {"ablate": ("ablations_fitted", "ablations"), "search": ("search_fitted", "search")}
 
 
 def run(console: Console, stage: str, name: str) -> None:
     """Run an ablation or a search with all that it needs, unless nothing of it is stale; raises UserError."""
     given = rows.load()
-    section = rows.section_of(given, SECTIONS[stage], name)
+    section = rows.section_of(given, rows.LABORATORY[stage], name)
     data.restore(lambda text: None)
     servers.up(say=lambda text: console.print(text, highlight=False))
     suffix = "_fitted" if section.endswith("_fitted") else ""

@@ -26,7 +26,6 @@ from mim_core.files import write_atomically
 
 ROW_PICTURES = ("gallery_", "recovery_", "tokenizer_", "predictions_", "ablation_", "search_")
 RUN_PAGES = {"mlflow": "{}/#/runs/{}", "prefect": "{}/runs/flow-run/{}"}
-LABORATORY = {"ablate": ablations.SECTIONS, "search": searches.SECTIONS}
 KNOWN_META = frozenset({"channels", "size", "classes", "counts", "mean", "std", "quarantined", "digest", "name", "md5"})
 
 
@@ -159,7 +158,7 @@ def _page(
         ids={name: _linked(manifest, links) for name, manifest in manifests.items()},
         not_asked=[
             f"{stage} {row}"
-            for stage, sections in LABORATORY.items()
+            for stage, sections in rows.LABORATORY.items()
             for section in sections
             for row in published.rows.get(section, {})
             if f"{stage} {row}" not in manifests

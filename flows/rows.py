@@ -19,6 +19,8 @@ Rows = dict[str, dict[str, Any]]
 
 JUDGED = {"baselines": "baseline", "supervised": "supervised", "downstream": "downstream", "continued": "continued"}
 """Sections of downstream rows, with DVC's stage for each."""
+LABORATORY = {"ablate": ("ablations_fitted", "ablations"), "search": ("search_fitted", "search")}
+"""Sections of ablations and searches, by stage: DVC's has the suffix of the section."""
 
 
 def load() -> Rows:

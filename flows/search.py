@@ -64,7 +64,7 @@ class Bench:
 
 def checked(name: str) -> Stage:
     """Check all that can be checked before work starts, tokenizers and labels too; raises UserError."""
-    stage = Stage("search", name, searches.SECTIONS)
+    stage = Stage("search", name, rows.LABORATORY["search"])
     where = f"search.yaml: {stage.section}.{name}"
     for judge, row in rows.judges("search", name).items():
         check_labels(row, rows.needs(judge), stage.pack, f"{where}.judge.{judge}")

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mim_core.statistics import Interval
 
 KIND = "search"
-SECTIONS = ("search_fitted", "search")
 STATES = {"complete": "completed", "pruned": "pruned", "stopped": "stopped by the budget", "failed": "failed"}
 """What a trial can have come to, and how it is said."""
 ARMS = {"best": "best row found", "default": "default row"}
@@ -94,7 +93,7 @@ class Search:
 def read() -> list[Search]:
     """Read the searches that are published, in the order of params; raises UserError for a broken file."""
     given, found = rows.load(), []
-    for name in [name for section in SECTIONS for name in given.get(section, {})]:
+    for name in [name for section in rows.LABORATORY[KIND] for name in given.get(section, {})]:
         folder = workspace.run_folder(KIND, name)
         if (folder / "manifest.json").exists():
             try:
