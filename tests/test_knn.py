@@ -19,7 +19,7 @@ from mim_core.devices import Compute
 from mim_core.encoders import ENCODERS
 from mim_core.jobs import downstream
 from mim_core.params import EncoderOf
-from mim_core.params.relations import _trained
+from mim_core.params.relations import trained
 from mim_core.spec import build, check
 from mim_core.tasks import knn
 from mim_core.tasks.knn import Knn, vote
@@ -118,9 +118,9 @@ def test_fewer_labels_than_k_do(tmp_path: Path, pack: Pack) -> None:
 
 def test_what_training_needs_is_refused() -> None:
     row = classify_row(task="knn", drop_path=0.0)
-    faults = [fault.split(":")[0] for fault in _trained(row)]
+    faults = [fault.split(":")[0] for fault in trained(row)]
     assert faults == ["optim", "lr_grid", "augment"]
-    assert not list(_trained(classify_row(task="knn", **NOTHING)))
+    assert not list(trained(classify_row(task="knn", **NOTHING)))
 
 
 def test_blocks_that_are_not_there_are_refused() -> None:
