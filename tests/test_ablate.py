@@ -62,8 +62,10 @@ def test_a_point_of_two_ablations_is_measured_once(served: Clone) -> None:
         folders = [one for one in (served.folder / ".unmask" / "points").iterdir() if one.name.startswith(kind)]
         assert folders
         for folder in folders:
-            assert (folder / "result.json").exists()
             assert not (folder / "checkpoints").exists(), "what nobody reads again is dropped"
+        # What else is there are trials of the search that were pruned.
+        unfinished = [folder for folder in folders if not (folder / "result.json").exists()]
+        assert len(unfinished) <= (kind == "pretrain") * len(folders) / 2
 
 
 def test_mlflow_holds_a_run_a_point_and_the_axis_as_a_curve(served: Clone) -> None:
