@@ -216,7 +216,7 @@ def test_the_report_tells_of_the_family(served: Clone) -> None:
     assert "from scratch: vit (32, 2)" in table
     page = (served.folder / "report" / "index.html").read_text()
     assert "<h2>Tokenizers</h2>" in page
-    # Three figures of all, two pictures of each pretraining, of each ablation, and one of each tokenizer, arm and search.
+    # Three of all, two of each pretraining and of each ablation, one of each tokenizer, arm and search.
     assert page.count("data:image/png;base64,") == 3 + 2 * 2 + 2 * 2 + 1 + 5 + 1
 
 
