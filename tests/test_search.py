@@ -67,9 +67,9 @@ SECONDS = 10.0
 Hook = Callable[[str], None]
 
 
-def course(folder: Path, workers: int = 1, **changes: Any) -> Course:
+def course(folder: Path, workers: int = 1, name: str = "made_up", **changes: Any) -> Course:
     search = {**SEARCH, **changes}
-    return Course("made_up", search, Space(search, BASE), "key", folder, workers)
+    return Course(name, search, Space(search, BASE), "key", folder, workers)
 
 
 def law(settings: Mapping[str, Any]) -> float:
