@@ -504,11 +504,46 @@ def test_a_flow_and_a_worker_killed_mid_trial_end_as_an_undisturbed_search(tmp_p
         trials = outcomes[-1]["trials"]
         assert [one["place"] for one in trials] == [0, 1, 2, 3]
         # The same command again reads all.
-        measured = sorted(path.stat().st_mtime for path in clone.folder.glob(".unmask/points/*/result.json"))
+        before = measured_at(clone)
         said, _ = one_worker(clone).communicate(timeout=900)
-        assert sorted(path.stat().st_mtime for path in clone.folder.glob(".unmask/points/*/result.json")) == measured
+        assert measured_at(clone) == before
         assert outcome(clone) == outcomes[-1]
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.orchestration
+def test_servers_killed_under_a_search_change_nothing(tmp_path: Path) -> None:
+    """Both get kill -9; whether the flow lives through it or not, the same command ends as an undisturbed search."""
+    outcomes = []
+    for name in ("undisturbed", "killed"):
+        clone = make_clone(tmp_path / name)
+        points = clone.folder / ".unmask" / "points"
+        try:
+            clone.unmask("data", "restore")
+            clone.unmask("up")
+            clone.run(sys.executable, "-m", "flows.prepare", "scenes")
+            process = one_worker(clone)
+            if name == "killed":
+                wait_for(lambda points=points: list(points.glob("*/result.json")))  # type: ignore[misc]
+                for server in json.loads((clone.folder / ".unmask" / "servers.json").read_text()).values():
+                    os.killpg(server["pid"], signal.SIGKILL)
+                process.communicate(timeout=900)
+                before = measured_at(clone)
+                clone.unmask("up")
+                process = one_worker(clone)
+            said, _ = process.communicate(timeout=900)
+            assert process.returncode == 0, said
+            outcomes.append(outcome(clone))
+            if name == "killed":
+                assert before.items() <= measured_at(clone).items(), "a finished measurement was run again"
+        finally:
+            clone.unmask("down")
+    assert outcomes[0] == outcomes[1]
+
+
+def measured_at(clone: Clone) -> dict[str, float]:
+    return {path.parent.name: path.stat().st_mtime for path in clone.folder.glob(".unmask/points/*/result.json")}
 
 
 def unfinished(points: Path) -> list[Path]:
