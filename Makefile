@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_LINK_MODE ?= copy
 
-.PHONY: demo test test-slow check lock clean
+.PHONY: demo test test-slow reliability check lock clean
 
 demo: $(VENV)/installed
 	@unmask demo
@@ -16,6 +16,10 @@ test: $(VENV)/installed check
 
 test-slow: $(VENV)/installed
 	@python -m pytest -m slow
+
+# What is promised of faults, tried more often than the tests do: about an hour; writes the table of docs/reliability.md.
+reliability: $(VENV)/installed
+	@OMP_NUM_THREADS=1 python -m pytest -m reliability --kills 20 --reliability docs/reliability.md
 
 check: $(VENV)/installed
 	@ruff check .

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Clone, make_clone
+from conftest import Clone, Tried, make_clone
 from optuna.trial import TrialState
 
 from flows import warm, workspace
@@ -473,9 +473,10 @@ def outcome(clone: Clone) -> dict[str, Any]:
     return {key: said[key] for key in ("trials", "importances", "best", "default", "finals")}
 
 
+@pytest.mark.reliability
 @pytest.mark.slow
 @pytest.mark.orchestration
-def test_a_flow_and_a_worker_killed_mid_trial_end_as_an_undisturbed_search(tmp_path: Path) -> None:
+def test_a_flow_and_a_worker_killed_mid_trial_end_as_an_undisturbed_search(tmp_path: Path, tried: Tried) -> None:
     outcomes = []
     for name in ("undisturbed", "killed"):
         clone = make_clone(tmp_path / name)
@@ -509,11 +510,13 @@ def test_a_flow_and_a_worker_killed_mid_trial_end_as_an_undisturbed_search(tmp_p
         assert measured_at(clone) == before
         assert outcome(clone) == outcomes[-1]
     assert outcomes[0] == outcomes[1]
+    tried("SIGKILL of a search's flow, and of its worker", 2, "no trial lost or measured twice, the same result")
 
 
+@pytest.mark.reliability
 @pytest.mark.slow
 @pytest.mark.orchestration
-def test_servers_killed_under_a_search_change_nothing(tmp_path: Path) -> None:
+def test_servers_killed_under_a_search_change_nothing(tmp_path: Path, tried: Tried) -> None:
     """Both get kill -9; whether the flow lives through it or not, the same command ends as an undisturbed search."""
     outcomes = []
     for name in ("undisturbed", "killed"):
@@ -540,6 +543,7 @@ def test_servers_killed_under_a_search_change_nothing(tmp_path: Path) -> None:
         finally:
             clone.unmask("down")
     assert outcomes[0] == outcomes[1]
+    tried("SIGKILL of both servers during a search", 1, "no trial lost or measured twice, the same result")
 
 
 def measured_at(clone: Clone) -> dict[str, float]:
