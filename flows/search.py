@@ -165,7 +165,7 @@ def _close(bench: Bench, one: Ongoing, curve: Any, state: str, status: str = "FI
     best = course.best() if course.trials(COMPLETE) else None
     if curve:
         curve.flush()
-        record.attempt(lambda: record.client.set_tag(curve.run, "state", state))
+        record.tag(curve.run, "state", state)
         record.end(curve.run, status)
     if state == "complete" and best:
         record.metrics(record.parent, {"score": trial.value, "best_score": best.value}, one.place)
@@ -306,7 +306,7 @@ def show(bench: Bench, found: searches.Search) -> None:
     for path in sorted(found.folder.iterdir()):
         if path.is_file():
             record.file(record.parent, path)
-    record.attempt(lambda: record.client.set_tag(record.parent, "search", found.name))
+    record.tag(record.parent, "search", found.name)
     record.end(record.parent)
     header, lines = searches.terminal(found)
     table = [dict(zip(header, line, strict=True)) for line in lines]

@@ -43,8 +43,9 @@ def settings() -> dict[str, str]:
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        # The default of 7 tries blocks for four minutes where a server has died.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        # The default of 7 tries blocks for four minutes where a server has died, and a try again of what was only slow
+        # could make a second run: `flows.spool` tries again in a way that cannot.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         # Its job runners take 2 GB and serve nothing that is used here.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
