@@ -116,7 +116,7 @@ def _measured(board: Board, point: Point, seed: int, curve: Any, shown: Callable
     scores = {judge: float(one.result["validation_score"]) for judge, one in judged.items()}
     return {
         "seed": seed,
-        "mlflow_run_id": curve.run,
+        "mlflow_run_id": board.record.known(curve.run),
         "scores": scores,
         "lr": {judge: one.result["lr"] for judge, one in judged.items()},
         "metrics": {judge: one.result["metric"] for judge, one in judged.items()},
@@ -182,7 +182,7 @@ def publish(stage: Stage, record: Any, points: Sequence[Point]) -> tuple[Path, a
         images_seen=sum(run.get("images_seen", 0) for run in runs),
         compute=runs[0]["compute"],
         metrics=metrics,
-        runs={"mlflow_run_id": record.parent, "prefect_flow_run_id": str(runtime.flow_run.id)},
+        runs={"mlflow_run_id": record.known(record.parent), "prefect_flow_run_id": str(runtime.flow_run.id)},
     )
     return folder, found
 

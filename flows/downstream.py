@@ -138,7 +138,7 @@ def publish(stage: Stage, record: Any, grid: Sequence[Point], finals: Sequence[P
         images_seen=sum(point["images_seen"] for point in points.values()),
         compute=best["compute"],
         metrics=metrics,
-        runs={"mlflow_run_id": record.parent, "prefect_flow_run_id": str(runtime.flow_run.id)},
+        runs={"mlflow_run_id": record.known(record.parent), "prefect_flow_run_id": str(runtime.flow_run.id)},
     )
     return folder, metrics
 

@@ -89,7 +89,7 @@ def attempt(bench: Bench, one: Ongoing) -> None:
         row = bench.course.space.row(one.settings)
         tags = {"trial": str(one.trial.number), "origin": one.origin}
         curve = bench.child(f"trial {one.place}", row, bench.stage.params["seed"], one.settings, tags)
-        one.keep(mlflow_run_id=curve.run)
+        one.keep(mlflow_run_id=bench.record.known(curve.run))
         for turn in range(TRIES):
             try:
                 _measure(bench, one, row, curve)
@@ -220,7 +220,7 @@ def compare(bench: Bench, label: str, row: Row, seed: int) -> dict[str, Any]:
         "images_seen": begun.result["images_seen"] + judged.result["images_seen"],
         "metric": judged.result["metric"],
         "compute": judged.result["compute"],
-        "mlflow_run_id": curve.run,
+        "mlflow_run_id": bench.record.known(curve.run),
     }
 
 
@@ -293,7 +293,10 @@ def publish(bench: Bench, finals: Mapping[str, Mapping[str, Any]], told: Mapping
         images_seen=images + sum(run["images_seen"] for runs in finals.values() for run in runs.values()),
         compute=one["compute"],
         metrics=metrics,
-        runs={"mlflow_run_id": bench.record.parent, "prefect_flow_run_id": str(runtime.flow_run.id)},
+        runs={
+            "mlflow_run_id": bench.record.known(bench.record.parent),
+            "prefect_flow_run_id": str(runtime.flow_run.id),
+        },
     )
     return found
 

@@ -32,7 +32,7 @@ LOCAL = "spooled-"
 """Begins the name of a run that MLflow has not named yet."""
 AGAIN_SECONDS = 30.0
 """Between two tries of a server that failed, or was slow."""
-SLOW_SECONDS = 2.0
+SLOW_SECONDS = 4.0
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "BAD_REQUEST"}
 """What MLflow answers where the same operation would never succeed."""
 Operation = dict[str, Any]
@@ -199,13 +199,17 @@ class Spool:
 
     def close(self, seconds: float = 5.0) -> None:
         """Send what is kept, within `seconds`; the rest stays, for the next record or `unmask sync`."""
+        if not self.settle(seconds):
+            warnings.warn("a part of the record waits in .unmask/spool; send it with `unmask sync`", stacklevel=3)
+
+    def settle(self, seconds: float) -> bool:
+        """Wait until what is kept is sent, or MLflow fails again, or the time is over; gives whether all is sent."""
         end = time.monotonic() + seconds
         self.fault, self.calm = "", 0.0
         self.wake.set()
         while self.file and not self.fault and time.monotonic() < end:
             time.sleep(0.02)
-        if self.file:
-            warnings.warn("a part of the record waits in .unmask/spool; send it with `unmask sync`", stacklevel=3)
+        return self.file is None
 
     def _timed(self, begun: float) -> None:
         if time.monotonic() - begun > SLOW_SECONDS:

@@ -79,6 +79,12 @@ class Record:
         if not self.over:
             self.spool.do({"op": op, "run": run, **what})
 
+    def known(self, run: str) -> str:
+        """A run's id in MLflow, for what refers to it: waits a while for a slow server to give it one."""
+        if run.startswith(spool.LOCAL):
+            self.spool.settle(10.0)
+        return self.spool.sender.ids.get(run, run)
+
     def child(self, name: str, folder: Path, params: Mapping[str, Any]) -> Curve:
         """Open a job's run under the stage's, or the one that the job's folder says is there."""
         return Curve(self, self._open(name, folder, params, self.parent))

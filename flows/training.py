@@ -71,7 +71,7 @@ def publish(stage: Stage, training: Training, record: Any, job: Path, result: di
         images_seen=result["images_seen"],
         compute=result["compute"],
         metrics=metrics,
-        runs={"mlflow_run_id": record.parent, "prefect_flow_run_id": str(runtime.flow_run.id)},
+        runs={"mlflow_run_id": record.known(record.parent), "prefect_flow_run_id": str(runtime.flow_run.id)},
     )
     return folder
 
