@@ -116,7 +116,7 @@ def _measured(board: Board, point: Point, seed: int, curve: Any, shown: Callable
     scores = {judge: float(one.result["validation_score"]) for judge, one in judged.items()}
     return {
         "seed": seed,
-        "mlflow_run_id": board.record.known(curve.run),
+        "mlflow_run_id": curve.run,
         "scores": scores,
         "lr": {judge: one.result["lr"] for judge, one in judged.items()},
         "metrics": {judge: one.result["metric"] for judge, one in judged.items()},
@@ -160,6 +160,7 @@ def publish(stage: Stage, record: Any, points: Sequence[Point]) -> tuple[Path, a
             for point in points
         ],
     }
+    results = record.known(results)
     workspace.write_json(folder / "results.json", results)
     found = ablations.of(results)
     (folder / "table.md").write_text(ablations.markdown(found))

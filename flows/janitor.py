@@ -1,8 +1,8 @@
-"""Runs whose process was killed: nothing else tells Prefect and MLflow that they are over.
+"""Runs whose process was killed: nothing else tells Prefect that they are over (MLflow is told by `flows.spool`).
 
-A process that runs a flow has a file in .unmask/processes/ while it lives: which process it is, the flow run, MLflow's
-parent run, the leases it holds. The next flow to begin, or `unmask up`, marks what the dead ones left open: Prefect's
-run as Crashed, MLflow's as KILLED. Processes of other machines that share the folder are let be.
+A process that runs a flow has a file in .unmask/processes/ while it lives: which process it is, the flow run, the
+leases it holds. The next flow to begin, or `unmask up`, marks the runs of dead ones as Crashed and gives their leases
+back. Processes of other machines that share the folder are let be.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ def begin() -> None:
         sweep()
 
 
-def note_mlflow(run: str) -> None:
-    """Note MLflow's parent run of this process's stage; its children are found by it."""
-    _note("mlflow_run", run)
-
-
 def note_lease(lease: UUID, held: bool) -> None:
     """Note that a lease of the concurrency limit is held, or not any more."""
     with _lock:
@@ -58,7 +53,7 @@ def sweep() -> None:
     time."""
     files = {path: _read(path) for path in _folder().glob("*.json")}
     living = [said for said in files.values() if said and not _dead(said)]
-    busy = [said[key] for said in living for key in ("flow_run", "mlflow_run") if key in said]
+    busy = [said["flow_run"] for said in living if "flow_run" in said]
     for path, said in files.items():
         if not said or not _dead(said):
             continue
@@ -109,13 +104,7 @@ def _release(leases: list[str]) -> bool:
     return True
 
 
-def _kill(run: str) -> bool:
-    from flows import tracking
-
-    return tracking.mark_killed(run)
-
-
-MENDS: dict[str, Callable[[Any], bool]] = {"leases": _release, "flow_run": _crash, "mlflow_run": _kill}
+MENDS: dict[str, Callable[[Any], bool]] = {"leases": _release, "flow_run": _crash}
 
 
 def _client() -> Any:

@@ -89,7 +89,6 @@ def attempt(bench: Bench, one: Ongoing) -> None:
         row = bench.course.space.row(one.settings)
         tags = {"trial": str(one.trial.number), "origin": one.origin}
         curve = bench.child(f"trial {one.place}", row, bench.stage.params["seed"], one.settings, tags)
-        one.keep(mlflow_run_id=bench.record.known(curve.run))
         for turn in range(TRIES):
             try:
                 _measure(bench, one, row, curve)
@@ -119,7 +118,7 @@ def _measure(bench: Bench, one: Ongoing, row: Row, curve: Any) -> None:
 
         def watch(lines: Lines) -> bool:
             if lines:
-                one.keep(**{f"ran_{part}": True})
+                one.keep(**{f"ran_{part}": True, "mlflow_run_id": bench.record.known(curve.run, seconds=0)})
                 one.seconds[part] = clock.read(lines)
                 course.follow(one, lines)
                 add(lines)
@@ -220,7 +219,7 @@ def compare(bench: Bench, label: str, row: Row, seed: int) -> dict[str, Any]:
         "images_seen": begun.result["images_seen"] + judged.result["images_seen"],
         "metric": judged.result["metric"],
         "compute": judged.result["compute"],
-        "mlflow_run_id": bench.record.known(curve.run),
+        "mlflow_run_id": curve.run,
     }
 
 
@@ -270,6 +269,7 @@ def publish(bench: Bench, finals: Mapping[str, Mapping[str, Any]], told: Mapping
             for arm, runs in finals.items()
         },
     }
+    said = bench.record.known(said)
     # Not sorted: settings and rows keep the order of their files, which tables follow.
     write_atomically(folder / "results.json", json.dumps(said, indent=1) + "\n")
     found = searches.of(said, None, folder)

@@ -43,10 +43,9 @@ def settings() -> dict[str, str]:
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        # The default of 7 tries blocks for four minutes where a server has died, and a try again of what was only slow
-        # could make a second run: `flows.spool` tries again in a way that cannot.
+        # A try again of what was only slow could do it twice: `flows.sender` tries again in a way that cannot.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         # Its job runners take 2 GB and serve nothing that is used here.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

@@ -1,32 +1,35 @@
 """The record in MLflow: a parent run a stage, a child run a job, with curves, pictures, lineage and the registered
 encoder or model.
 
-MLflow is a view: the truth lies in the files that jobs and stages write. What a server does not take is kept on disk
-and sent later, see `flows.spool`, and the training goes on; the next run of a job under the same key goes on in the
-same MLflow run, and points that are there already are not written twice.
+MLflow is a view: the truth lies in the files that jobs and stages write. What is said here goes to disk first and is
+sent beside, see `flows.spool`: a server that is slow, fails or is dead costs the training nothing. The next run of a
+job under the same key goes on in the same MLflow run, and points that are there already are not written twice.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.tracking import MlflowClient
 
-from flows import janitor, spool, workspace
+from flows import registry, workspace
+from flows.sender import NAME, with_ids
+from flows.spool import Spool
 from flows.workers import StoppedError
 
 UPLOAD_SECONDS = 5.0
+BACKLOG_SECONDS = 60.0
+"""Between two uploads of a curve where MLflow is behind."""
+ID_SECONDS, END_SECONDS, KILLED_SECONDS = 120.0, 60.0, 10.0
+"""How long a stage waits at its end while MLflow answers: for ids to publish, for all to be sent, and for the latter
+where it was interrupted."""
 SCORE = "validation_score"
 """What points are compared by."""
 HIDDEN = frozenset({"step", "steps", "time"})
@@ -34,11 +37,7 @@ Given = TypeVar("Given")
 
 
 class Record:
-    """The MLflow runs of one stage; every call survives a server that does not.
-
-    Runs are named by MLflow's id, or by a name of their own (`spooled-...`, their tag `unmask.id`) where it did not
-    answer as they were opened.
-    """
+    """The MLflow runs of one stage, each by a name of its own; only `known`, the parent's `end` and `fail` wait."""
 
     def __init__(
         self,
@@ -51,43 +50,31 @@ class Record:
     ) -> None:
         """Open the stage's parent run, or the one that `folder`, the stage's state, says is already there.
 
-        `watch` adds the machine's metrics (processor, memory, disk) to the run while it goes on. What earlier records
-        could not send is sent beside, where the server answers.
+        `watch` adds the machine's metrics (processor, memory, disk) to the run while it goes on.
         """
         self.stage, self.row, self.data = stage, row, data
-        self.over = False
         self.open: set[str] = set()
-        self.spool = spool.Spool(f"{stage}-{row}")
-        self.monitor: SystemMetricsMonitor | None = None
+        self.spool = Spool(f"{stage}-{row}")
         self.parent = ""
-        # Asked first: opening takes several calls, each of which a slow server would make its own wait.
-        if self.attempt(lambda: self.spool.sender.experiment()):
-            threading.Thread(target=_catch_up, daemon=True).start()
-        self.parent = self._open(f"{stage} {row}", folder, params, None)
-        if not self.parent.startswith(spool.LOCAL):
-            janitor.note_mlflow(self.parent)
-            if watch:
-                self.attempt(lambda: self._watch_system(self.parent))
+        self.parent = self._open(f"{stage} {row}", folder, params)
+        self.machine = Machine(self) if watch else None
 
-    def attempt(self, call: Callable[[], Given]) -> Given | None:
-        """Ask MLflow, unless it fails or is slow; a failure is told once."""
-        answer: Given | None = None if self.over else self.spool.attempt(call)
-        return answer
+    def known(self, value: Given, seconds: float = ID_SECONDS) -> Given:
+        """Put MLflow's ids of runs in place of their own names in a JSON value, for what is published.
 
-    def do(self, op: str, run: str, **what: Any) -> None:
-        """Do an operation on a run, now or later."""
-        if not self.over:
-            self.spool.do({"op": op, "run": run, **what})
-
-    def known(self, run: str) -> str:
-        """A run's id in MLflow, for what refers to it: waits a while for a slow server to give it one."""
-        if run.startswith(spool.LOCAL):
-            self.spool.settle(10.0)
-        return self.spool.sender.ids.get(run, run)
+        Waits for a server that answers, however slowly. Where it does not, names stay, and `unmask sync` puts the ids
+        into what was published.
+        """
+        ids, text = self.spool.sender.ids, json.dumps(value)
+        names = set(NAME.findall(text))
+        if seconds:
+            self.spool.settle(lambda: names <= ids.keys(), seconds)
+        found: Given = json.loads(with_ids(text, ids))
+        return found
 
     def child(self, name: str, folder: Path, params: Mapping[str, Any]) -> Curve:
         """Open a job's run under the stage's, or the one that the job's folder says is there."""
-        return Curve(self, self._open(name, folder, params, self.parent))
+        return Curve(self, self._open(name, folder, params))
 
     def point(
         self, name: str, folder: Path, params: Mapping[str, Any], row: Mapping[str, Any], tags: Mapping[str, str]
@@ -97,9 +84,13 @@ class Record:
         MLflow's page begins with the first params that differ and the metric that was written first. So its params are
         the few that tell points apart, the whole `row` is an artifact, and its score, nan so far, comes first.
         """
-        run = self._open(name, folder, params, self.parent, tags, row)
+        run = self._open(name, folder, params, tags, row)
         self.do("metrics", run, points=[(SCORE, math.nan, int(time.time() * 1000), 0)])
         return Curve(self, run)
+
+    def do(self, op: str, run: str, **what: Any) -> None:
+        """Say something of a run, see `flows.sender`."""
+        self.spool.do({"op": op, "run": run, **what})
 
     def metrics(self, run: str, values: Mapping[str, Any], step: int = 0) -> None:
         now = int(time.time() * 1000)
@@ -131,75 +122,74 @@ class Record:
         told |= {"task": params["task"]["name"], "init": params["init"], "labels": params["labels"] or "all"}
         told |= {"data": self.data["name"], "data_md5": self.data["md5"], "row": self.row}
         told |= {"code": workspace.code_fingerprint(), "git_commit": _commit() or "none"}
-        tags = {key: str(value) for key, value in told.items()}
+        tags = {key: str(value) for key, value in told.items()} | registry.pack_digests(pack)
         self.do("compete", self.parent, path=str(weights), pack=str(pack), tags=tags)
 
     def end(self, run: str, status: str = "FINISHED") -> None:
-        if run == self.parent and self.monitor:
-            self.monitor.finish()
+        """End a run; with the parent the record ends."""
         self.open.discard(run)
         self.do("end", run, status=status)
         if run == self.parent:
-            self.spool.close()
+            if self.machine:
+                self.machine.finish()
+            self.spool.close(KILLED_SECONDS if status == "KILLED" else END_SECONDS)
 
     def fail(self, error: BaseException) -> None:
         """End the runs that are still open: KILLED where they were interrupted, else FAILED; nothing comes after."""
         for run in sorted(self.open, key=lambda run: run == self.parent):
             self.end(run, ended_by(error))
-        self.over = True
 
     def _open(
         self,
         name: str,
         folder: Path,
         params: Mapping[str, Any],
-        parent: str | None,
         further: Mapping[str, str] | None = None,
         row: Mapping[str, Any] | None = None,
     ) -> str:
         marker = folder / "mlflow.json"
         there = json.loads(marker.read_text()) if marker.exists() else {}
-        if "run_id" in there and not self._gone(there["run_id"]):
-            self.open.add(there["run_id"])
-            return str(there["run_id"])
-        fresh = "run_id" in there or "local" not in there
-        local = f"{spool.LOCAL}{uuid.uuid4().hex}" if fresh else there["local"]
+        run = str(there.get("run") or f"spooled-{uuid.uuid4().hex}")
+        workspace.write_json(marker, {"run": run})
         tags = {"mlflow.runName": name, "stage": self.stage, "row": self.row, "data": self.data["name"]}
         tags |= {"data_md5": self.data["md5"], "code": workspace.code_fingerprint(), **(further or {})}
         if commit := _commit():
             tags["mlflow.source.git.commit"] = commit
-        workspace.write_json(marker, {"local": local})  # before the run: a kill must not make a second one
-        run = self.spool.do(
-            {
-                "op": "open",
-                "run": local,
-                "fresh": fresh,
-                "record": self.spool.path.stem,
-                "tags": tags,
-                "parent": parent,
-                "flat": {named(key): str(value)[:6000] for key, value in flatten(params).items()},
-                "params": dict(row or params),
-                "data": [self.data["name"], self.data["md5"], self.stage],
-                "marker": str(marker),
-            }
+        self.do(
+            "open",
+            run,
+            parent=self.parent,
+            tags=tags,
+            params={named(key): str(value)[:6000] for key, value in flatten(params).items()},
+            about=row or params,
+            data=[self.data["name"], self.data["md5"], self.stage],
         )
-        self.open.add(run or local)
-        return run or local
+        self.open.add(run)
+        return run
 
-    def _gone(self, run: str) -> bool:
-        """Take up a run that was there; gives whether the record was cleared since, which a dead server cannot say."""
-        try:
-            if self.spool.straight():
-                self.spool.sender.client.update_run(run, status="RUNNING")
-        except MlflowException as error:
-            return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
-        except OSError:
-            pass
-        return False
 
-    def _watch_system(self, run: str) -> None:
-        self.monitor = SystemMetricsMonitor(run, sampling_interval=5, samples_before_logging=2, resume_logging=True)
-        self.monitor.start()
+class Machine(SystemMetricsMonitor):  # type: ignore[misc]
+    """The machine's metrics, on the record's way to the parent run; MLflow's own way would ask the server each time."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__(record.parent, sampling_interval=5, samples_before_logging=2)
+        self.record = record
+        self.start()
+
+    def monitor(self) -> None:
+        """Sample until the end; a step is a second, as a stage that goes on cannot know how many steps there were."""
+        while True:
+            for _ in range(self.samples_before_logging):
+                self.collect_metrics()
+                if self._shutdown_event.wait(self.sampling_interval):
+                    return
+            values = {f"{self._metrics_prefix}{key}": value for key, value in self.aggregate_metrics().items()}
+            for monitor in self.monitors:
+                monitor.clear_metrics()
+            self.record.metrics(self.record.parent, values, int(time.time()))
+
+    def finish(self) -> None:
+        self._shutdown_event.set()
 
 
 class Curve:
@@ -209,10 +199,7 @@ class Curve:
         self.record, self.run = record, run
         self.waiting: list[tuple[str, float, int, int]] = []
         self.sent = time.monotonic()
-        found = record.attempt(lambda: record.spool.sender.points(record.spool.sender.resolve(run)))
-        self.there: set[tuple[str, int]] = found or set()
-        # Where nothing was answered, what is sent is compared with what is there then.
-        self.check = found is None
+        self.there: set[tuple[str, int]] = set()
 
     def add(self, lines: Sequence[Mapping[str, float]]) -> None:
         """Take new lines of the curve."""
@@ -223,13 +210,14 @@ class Curve:
                     continue
                 self.there.add(point)
                 self.waiting.append((key, value, int(line["time"] * 1000), int(line["step"])))
-        if time.monotonic() - self.sent > UPLOAD_SECONDS:
+        waited = time.monotonic() - self.sent
+        if waited > BACKLOG_SECONDS or (waited > UPLOAD_SECONDS and self.record.spool.idle):
             self.flush()
 
     def flush(self) -> None:
         """Send what waits; up to 1,000 points a call, MLflow's limit."""
         for start in range(0, len(self.waiting), 1000):
-            self.record.do("metrics", self.run, points=self.waiting[start : start + 1000], check=self.check)
+            self.record.do("metrics", self.run, points=self.waiting[start : start + 1000])
         self.waiting, self.sent = [], time.monotonic()
 
     def finish(self, values: Mapping[str, Any]) -> None:
@@ -250,22 +238,6 @@ def ended_by(error: BaseException) -> str:
     return "KILLED" if isinstance(error, StoppedError) or not isinstance(error, Exception) else "FAILED"
 
 
-def mark_killed(parent: str) -> bool:
-    """End a run and its children where they are open, as their process is dead; gives whether MLflow answered."""
-    try:
-        client = MlflowClient()
-        experiment = client.get_run(parent).info.experiment_id
-        children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-        for run in (*children, client.get_run(parent)):
-            if run.info.status == "RUNNING":
-                client.set_terminated(run.info.run_id, "KILLED")
-    except MlflowException as error:
-        return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")  # the record was cleared
-    except OSError:
-        return False
-    return True
-
-
 def flatten(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Name nested params by their path with points, as rows in `params/` are addressed."""
     flat: dict[str, Any] = {}
@@ -284,10 +256,3 @@ def named(key: str) -> str:
 
 def _commit() -> str:
     return (workspace.git("rev-parse", "HEAD") or "").strip()
-
-
-def _catch_up() -> None:
-    """Send what earlier records left; what a failure leaves again waits for the next time."""
-    with contextlib.suppress(MlflowException, OSError):
-        for _ in spool.sweep(spool.Sender()):
-            pass

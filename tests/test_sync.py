@@ -1,47 +1,237 @@
-"""The record in MLflow outlives its server: dead, killed, slow or failing; what is kept is sent once and only once."""
+"""The record outlives its server: what MLflow does not take is kept, and sent once and only once; nothing waits for it.
+
+A real server stands behind a gate that can make it slow, failing or dead.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT, Clone, free_port
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from flows import spool, workspace
+from flows import sender, spool, sync, tracking, workspace
 from flows.tracking import Record
+from flows.workers import wait_until
 
-DATA = {"name": "scenes", "md5": "abc"}
+pytestmark = [
+    pytest.mark.orchestration,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+DATA = {"name": "scenes", "md5": "0" * 32}
+
+
+class Server:
+    """MLflow's server, in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def database(self) -> Path:
+        return self.folder / "mlflow.db"
+
+    def start(self, most_bytes: int = resource.RLIM_INFINITY) -> None:
+        """Start it; with `most_bytes` no file of its may grow beyond, as on a disk that is full."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.database}"]
+        limit = (most_bytes, resource.RLIM_INFINITY)
+        with (self.folder / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+            )  # fmt: skip
+        assert wait_until(self._answers, 180), (self.folder / "log").read_text()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        assert self.process
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Gate:
+    """Passes requests on, after `delay` seconds; answers `failing` of them with 500 instead where it is set."""
+
+    def __init__(self, port: int) -> None:
+        gate = self
+        self.delay, self.failing = 0.0, False
+
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                time.sleep(gate.delay)
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+                kind = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+                asked = urllib.request.Request(f"http://127.0.0.1:{port}{self.path}", body, kind, method=self.command)
+                try:
+                    if gate.failing:
+                        status, said = 500, b"{}"
+                    else:
+                        with urllib.request.urlopen(asked, timeout=60) as answer:
+                            status, said = answer.status, answer.read()
+                except urllib.error.HTTPError as error:
+                    status, said = error.code, error.read()
+                except OSError:
+                    self.close_connection = True
+                    return
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(said)))
+                self.end_headers()
+                self.wfile.write(said)
+
+            do_POST = do_PATCH = do_DELETE = do_GET  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    there = Server(tmp_path_factory.mktemp("mlflow"))
+    yield there
+    there.kill()
+
+
+@pytest.fixture
+def gate(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    there = Gate(server.port)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", there.address)
+    yield there
+    there.server.shutdown()
+    there.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
+    # No test but one waits for a server; and a failure is tried again soon.
+    monkeypatch.setattr(tracking, "END_SECONDS", 1.0)
+    monkeypatch.setattr(spool, "AGAIN_SECONDS", 0.3)
+    return tmp_path / "home"
+
+
+def dead(monkeypatch: pytest.MonkeyPatch) -> str:
+    address = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    return address
+
+
+def quickly(act: Callable[[], None]) -> None:
+    """No call of a running stage waits for MLflow; half a second is for a busy machine."""
+    begun = time.monotonic()
+    act()
+    assert time.monotonic() - begun < 0.5
+
+
+def lines(first: int, last: int) -> list[dict[str, float]]:
+    return [{"step": step, "time": 1e9 + step, "loss": 1 / step} for step in range(first, last)]
+
+
+class Told:
+    """What a stage says of a point and at its end, in parts between which its server may change."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self) -> None:
+        self.record = Record("pretrain", "row", self.folder, DATA, {"optim": {"lr": 0.1}}, watch=False)
+        row = {"seed": 0, "mask": {"ratio": 0.5}}
+        self.curve = self.record.point("job", self.folder / "seed_0", {"seed": 0}, row, {"trial": "3"})
+
+    def train(self, first: int, last: int) -> None:
+        self.curve.add(lines(first, last))
+        self.curve.flush()
+
+    def finish(self) -> None:
+        self.curve.finish({"steps": 30, "validation_score": 0.5})
+        self.record.metrics(self.record.parent, {"score": 0.5})
+        picture = self.folder / "picture.txt"
+        picture.write_text("as it was")
+        self.record.file(self.record.parent, picture)
+        picture.write_text("later")
+        manifest = self.folder / "manifest.json"
+        manifest.write_text(json.dumps({"mlflow_run_id": self.record.parent}))
+        self.record.file(self.record.parent, manifest)
+        self.record.tag(self.record.parent, "state", "complete")
+
+    def whole(self) -> None:
+        quickly(self.begin)
+        for start in (1, 11, 21):
+            quickly(lambda start=start: self.train(start, start + 10))
+        quickly(self.finish)
+        self.record.end(self.record.parent)
+
+
+def check(address: str, run: Told) -> tuple[Run, Run]:
+    """Check that MLflow has all of it once; gives the parent run and the job's."""
+    client = MlflowClient(address)
+    (experiment,) = client.search_experiments(filter_string=f"name = '{sender.EXPERIMENT}'")
+    name = run.record.parent
+    (parent,) = client.search_runs([experiment.experiment_id], f"tags.`unmask.id` = '{name}'")
+    (job,) = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert [one.info.status for one in (parent, job)] == ["FINISHED", "FINISHED"]
+    assert (job.data.tags["trial"], parent.data.tags["state"]) == ("3", "complete")
+    assert (parent.data.params, job.data.params) == ({"optim.lr": "0.1"}, {"seed": "0"})
+    assert next(iter(job.data.metrics)) == "validation_score"
+    history = {key: client.get_metric_history(job.info.run_id, key) for key in job.data.metrics}
+    assert history.keys() == {"loss", "validation_score"}
+    assert Counter(point.step for point in history["loss"]) == Counter(range(1, 31))
+    assert [point.step for point in history["validation_score"]] == [0, 30], "nan so far, and the score"
+    assert len(client.get_metric_history(parent.info.run_id, "score")) == 1
+    assert Path(client.download_artifacts(parent.info.run_id, "picture.txt")).read_text() == "as it was"
+    said = json.loads(Path(client.download_artifacts(parent.info.run_id, "manifest.json")).read_text())
+    assert said["mlflow_run_id"] == parent.info.run_id
+    assert not list(spool.folder().iterdir())
+    return parent, job
+
+
 KILLS = """
-import os, signal, sys
+import os, signal
 from mlflow.tracking import MlflowClient
-from flows import spool
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+from flows import spool, sync
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def child(before):
     pid = os.fork()
     if not pid:
         before()
-        spool.sync()
+        sync.sync()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-def in_open():
-    MlflowClient.set_tag = lambda *_: die()  # the run is created, nothing else is done
+def in_create():
+    real = MlflowClient.create_run
+    MlflowClient.create_run = lambda *given: (real(*given), die())  # the run is there, and nobody knows its id
 
 def after(count):
     note = spool.write_atomically
@@ -55,189 +245,196 @@ def after(count):
         spool.write_atomically = counted
     return begin
 
-print(*[child(before) for before in (in_open, after(1), after(2), after(4), after(2), after(3))])
+print(*[child(before) for before in (in_create, after(1), after(2), after(3), after(2), after(3))])
 """
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-def use(address: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    return address
-
-
-@contextmanager
-def told(*words: str) -> Iterator[None]:
-    """Check that what is warned of is this, once each."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    said = [str(one.message) for one in caught if one.category is UserWarning]
-    assert [word in line for word, line in zip(words, said, strict=True)] == [True] * len(words), said
-
-
-def dead() -> str:
-    return f"http://127.0.0.1:{free_port()}"
-
-
-def begin(folder: Path) -> Record:
-    return Record("pretrain", "row", folder, DATA, {"optim": {"lr": 0.1}}, watch=False)
-
-
-def lines(first: int, last: int) -> list[dict[str, float]]:
-    return [{"step": step, "time": 1e9 + step, "loss": 1 / step} for step in range(first, last)]
-
-
-def rest(record: Record, folder: Path) -> None:
-    """What a stage records of a job and at its end."""
-    curve = record.child("job", folder / "seed_0", {"seed": 0}, {"trial": "3"})
-    for start in (1, 11, 21):
-        curve.add(lines(start, start + 10))
-        curve.flush()
-    curve.finish({"steps": 30, "score": 0.5})
-    record.metrics(record.parent, {"score": 0.5})
-    picture = folder / "picture.txt"
-    picture.write_text("as it was")
-    record.file(record.parent, picture)
-    picture.write_text("later")
-    record.tag(record.parent, "state", "complete")
-    record.end(record.parent)
-
-
-def check(address: str, folder: Path) -> tuple[Run, Run]:
-    """Check that MLflow has all of it once; gives the parent run and the job's."""
-    client = MlflowClient(address)
-    runs = client.search_runs([client.get_experiment_by_name(spool.EXPERIMENT).experiment_id])
-    assert len(runs) == 2
-    job, parent = sorted(runs, key=lambda run: run.info.run_name)
-    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
-    assert job.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert (job.data.tags["trial"], parent.data.tags["state"]) == ("3", "complete")
-    assert (parent.data.params, job.data.params) == ({"optim.lr": "0.1"}, {"seed": "0"})
-    assert json.loads((folder / "mlflow.json").read_text())["run_id"] == parent.info.run_id
-    steps = Counter(point.step for point in client.get_metric_history(job.info.run_id, "loss"))
-    assert steps == Counter(range(1, 31))
-    for run in (job, parent):
-        assert len(client.get_metric_history(run.info.run_id, "score")) == 1
-    assert Path(client.download_artifacts(parent.info.run_id, "picture.txt")).read_text() == "as it was"
-    assert not list(spool.folder().iterdir())
-    return parent, job
-
-
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 def test_what_a_dead_server_missed_is_sent_once_whenever_sync_is_killed(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: Server, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    gone = use(dead(), monkeypatch)
-    begun = time.monotonic()
-    with told("does not answer", "unmask sync"):
-        record = begin(tmp_path / "job")
-        rest(record, tmp_path / "job")
-    assert time.monotonic() - begun < 10
-    with record.spool.file:  # as its process's end does
-        pass
-    with pytest.raises(workspace.UserError, match=f"{gone} does not answer.*\n.*pretrain-row .11 operations"):
-        spool.sync()
-    address = use(f"sqlite:///{home}/mlflow/mlflow.db", monkeypatch)
+    gone = dead(monkeypatch)
+    run = Told(tmp_path / "job")
+    run.whole()
+    said = capfd.readouterr().err
+    assert said.count("does not answer") == said.count("unmask sync") == 1
+    assert run.record.known(run.record.parent) == run.record.parent, "it has no other name"
+    with pytest.raises(workspace.UserError, match=f"{gone} does not answer.*\n.*pretrain-row .13 operations"):
+        sync.sync()
+    database = f"sqlite:///{server.database}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", KILLS], cwd=ROOT, env=environment, text=True, capture_output=True)
     assert done.stdout.splitlines()[-1] == " ".join(["-9"] * 6), done.stdout + done.stderr
-    capsys.readouterr()
-    spool.sync()
-    assert "pretrain-row: sent" in capsys.readouterr().out
-    check(address, tmp_path / "job")
-    spool.sync()
-    assert "nothing waits" in capsys.readouterr().out
-
-
-def serve(port: int, home: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{home}/mlflow/mlflow.db"]
-    with (home / "log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return process
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError((home / "log").read_text())
+    capfd.readouterr()
+    sync.sync()
+    assert "pretrain-row: sent" in capfd.readouterr().out
+    check(f"http://127.0.0.1:{server.port}", run)
+    sync.sync()
+    assert "MLflow has the whole record" in capfd.readouterr().out
 
 
 def test_a_server_killed_in_the_middle_gets_the_rest_when_it_is_back(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, gate: Gate, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (home / "mlflow").mkdir(parents=True)
-    port = free_port()
-    address = use(f"http://127.0.0.1:{port}", monkeypatch)
-    server = serve(port, home)
-    try:
-        record = begin(tmp_path / "job")
-        curve = record.child("job", tmp_path / "job" / "seed_0", {"seed": 0}, {"trial": "3"})
-        curve.add(lines(1, 11))
-        curve.flush()
-        assert not record.spool.path.exists()
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-        with told("does not answer"):
-            curve.add(lines(11, 16))
-            curve.flush()
-        server = serve(port, home)
-        # The same job, gone on with after a kill: what its curve tells again is there or waits.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            rest(record, tmp_path / "job")
-        if record.spool.file:
-            record.spool.close(30)
-        check(address, tmp_path / "job")
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    run = Told(tmp_path / "job")
+    quickly(run.begin)
+    quickly(lambda: run.train(1, 11))
+    known = run.record.known(run.record.parent)
+    assert len(known) == 32
+    server.kill()
+    quickly(lambda: run.train(11, 21))
+    assert wait_until(lambda: bool(run.record.spool.fault), 60)
+    assert run.record.known([run.record.parent]) == [known]
+    server.start()
+    quickly(lambda: run.train(21, 31))
+    quickly(run.finish)
+    assert wait_until(lambda: run.record.spool.idle, 60)
+    run.record.end(run.record.parent)
+    assert "does not answer" in capfd.readouterr().err
+    assert check(gate.address, run)[0].info.run_id == known
 
 
-@pytest.fixture(params=[0.0, 5.0], ids=["500", "slow"])
-def failing(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A server that answers 500, at once or after 5 s."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            time.sleep(request.param)
-            self.send_error(500)
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_server_that_fails_or_is_slow_costs_one_answer(
-    failing: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_fails_with_500_is_tried_again_and_said_once(
+    gate: Gate, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    use(failing, monkeypatch)
+    gate.failing = True
+    run = Told(tmp_path / "job")
+    quickly(run.begin)
+    for step in range(1, 31):
+        quickly(lambda step=step: run.train(step, step + 1))
     begun = time.monotonic()
-    with told("does not answer"):
-        record = begin(tmp_path / "job")
-        curve = record.child("job", tmp_path / "job" / "seed_0", {"seed": 0}, {"trial": "3"})
-    assert time.monotonic() - begun < 7
-    begun = time.monotonic()
-    for step in range(1, 101):
-        curve.add(lines(step, step + 1))
-        curve.flush()
-    assert time.monotonic() - begun < 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        rest(record, tmp_path / "job")  # its end waits 5 s at most
-    assert time.monotonic() - begun < 8
-    kept = [json.loads(line) for line in record.spool.path.read_text().splitlines()]
-    assert sum(len(one["points"]) for one in kept if one["op"] == "metrics") == 100 + 30 + 3
+    assert run.record.known(run.record.parent) == run.record.parent
+    assert time.monotonic() - begun < 5, "a server that fails is not waited for"
+    gate.failing = False
+    run.finish()
+    assert wait_until(lambda: run.record.spool.idle, 60)
+    run.record.end(run.record.parent)
+    assert capfd.readouterr().err.count("does not answer") == 1
+    check(gate.address, run)
+
+
+def test_a_slow_server_gives_its_ids_in_time_and_gets_the_rest_by_the_next_run(gate: Gate, tmp_path: Path) -> None:
+    gate.delay = 5.0
+    run = Told(tmp_path / "job")
+    quickly(run.begin)
+    for step in range(1, 31):
+        quickly(lambda step=step: run.train(step, step + 1))
+    ids = run.record.known([run.record.parent, run.curve.run])
+    assert [len(one) for one in ids] == [32, 32]
+    run.finish()
+    run.record.end(run.record.parent)
+    assert spool.left(), "it answers too slowly to be waited for"
+    gate.delay = 0.0
+    assert wait_until(lambda: not run.record.spool.thread.is_alive(), 30)
+    after = Record("report", "all", tmp_path / "report", DATA, {"a": 1}, watch=False)
+    assert wait_until(lambda: len(spool.left()) == 1, 60)
+    after.end(after.parent)
+    parent, job = check(gate.address, run)
+    assert [parent.info.run_id, job.info.run_id] == ids
+
+
+def test_a_database_on_a_full_disk_takes_the_rest_when_there_is_room(
+    server: Server, gate: Gate, tmp_path: Path
+) -> None:
+    server.kill()
+    server.start(most_bytes=server.database.stat().st_size)
+    run = Told(tmp_path / "job")
+    quickly(run.begin)
+    for step in range(1, 31):
+        quickly(lambda step=step: run.train(step, step + 1))
+    # What fits into pages that are there is taken: fill them.
+    filling = 0
+    while not run.record.spool.fault and filling < 10_000:
+        run.record.tag(run.record.parent, f"filling {filling}", "x" * 4000)
+        filling += 1
+        time.sleep(0.01)
+    assert run.record.spool.fault
+    run.finish()
+    server.kill()
+    server.start()
+    assert wait_until(lambda: run.record.spool.idle, 60)
+    run.record.end(run.record.parent)
+    check(gate.address, run)
+
+
+FIRST = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_sync import Told
+from flows.workers import wait_until
+
+run = Told(Path(sys.argv[1]))
+run.begin()
+run.train(1, 11)
+assert wait_until(lambda: run.record.spool.idle, 60)
+run.train(11, 16)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_leaves_a_run_that_the_next_goes_on_with(
+    server: Server, gate: Gate, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "job"
+    command = [sys.executable, "-c", FIRST, str(folder)]
+    assert subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == -signal.SIGKILL
+    assert len(spool.left()) == 1
+    run = Told(folder)
+    run.whole()  # its curve is told from the start again
+    assert wait_until(lambda: not run.record.spool.thread.is_alive(), 60)
+    if spool.left():  # more than a second's work
+        sync.sync()
+    check(gate.address, run)
+    # One that nobody goes on with is over.
+    assert subprocess.run(
+        [*command[:-1], str(tmp_path / "other")], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    sync.sync()
+    assert "pretrain-row: sent" in capfd.readouterr().out
+    name = json.loads((tmp_path / "other" / "mlflow.json").read_text())["run"]
+    client = MlflowClient(gate.address)
+    (parent,) = client.search_runs(["1"], f"tags.`unmask.id` = '{name}'")
+    (job,) = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert (parent.info.status, job.info.status) == ("KILLED", "KILLED")
+    assert len(client.get_metric_history(job.info.run_id, "loss")) == 15
+
+
+STAGES = """\
+stages:
+  one: {cmd: cp one.json runs/pretrain/one/manifest.json, deps: [one.json], outs: [runs/pretrain/one/manifest.json]}
+  two: {cmd: cp two.json runs/pretrain/two/manifest.json, deps: [two.json], outs: [runs/pretrain/two/manifest.json]}
+"""
+
+
+def test_sync_puts_ids_into_what_was_published_and_dvc_does_not_run_it_again(
+    clone: Clone, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNMASK_HOME", str(clone.folder / ".unmask"))
+    clone.environment["MLFLOW_TRACKING_URI"] = dead(monkeypatch)
+    record = Record("pretrain", "one", clone.folder / "job", DATA, {"a": 1}, watch=False)
+    record.end(record.parent)
+    (clone.folder / "dvc.yaml").write_text(STAGES)
+    for name in ("one", "two"):
+        (clone.folder / f"{name}.json").write_text(
+            json.dumps({"mlflow_run_id": record.known(record.parent), "x": name})
+        )
+        (clone.folder / "runs" / "pretrain" / name).mkdir(parents=True)
+    clone.dvc("repro")
+    (clone.folder / "two.json").write_text("{}")
+    assert "does not answer" in clone.unmask("sync", fails=True)
+    clone.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{server.port}"
+    said = clone.unmask("sync")
+    assert "sent 1 runs" in said
+    client = MlflowClient(clone.environment["MLFLOW_TRACKING_URI"])
+    (run,) = client.search_runs(["1"], f"tags.`unmask.id` = '{record.parent}'")
+    for name in ("one", "two"):
+        found = json.loads((clone.folder / "runs" / "pretrain" / name / "manifest.json").read_text())
+        assert found == {"mlflow_run_id": run.info.run_id, "x": name}
+    status = clone.dvc("status")
+    assert "one" not in status.split("changed deps")[0]
+    assert "two.json" in status, "what was stale before is stale"
+    clone.dvc("repro", "one")
+    assert (
+        json.loads((clone.folder / "runs/pretrain/one/manifest.json").read_text())["mlflow_run_id"] == run.info.run_id
+    )
