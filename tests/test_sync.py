@@ -19,8 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 from conftest import ROOT, Clone, free_port
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
@@ -144,11 +146,27 @@ def dead(monkeypatch: pytest.MonkeyPatch) -> str:
     return address
 
 
-def quickly(act: Callable[[], None]) -> None:
-    """No call of a running stage waits for MLflow; half a second is for a busy machine."""
-    begun = time.monotonic()
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Note requests that the main thread makes."""
+    real = requests.Session.request
+
+    def request(session: requests.Session, method: str, url: str, **given: Any) -> requests.Response:
+        if threading.current_thread() is threading.main_thread():
+            ASKED.append(url)
+        return real(session, method, url, **given)
+
+    monkeypatch.setattr(requests.Session, "request", request)
+
+
+ASKED: list[str] = []
+
+
+def beside(act: Callable[[], None]) -> None:
+    """Do what a running stage does, and check that it asks MLflow nothing itself, however long an answer takes."""
+    ASKED.clear()
     act()
-    assert time.monotonic() - begun < 0.5
+    assert not ASKED
 
 
 def lines(first: int, last: int) -> list[dict[str, float]]:
@@ -183,10 +201,10 @@ class Told:
         self.record.tag(self.record.parent, "state", "complete")
 
     def whole(self) -> None:
-        quickly(self.begin)
+        beside(self.begin)
         for start in (1, 11, 21):
-            quickly(lambda start=start: self.train(start, start + 10))
-        quickly(self.finish)
+            beside(lambda start=start: self.train(start, start + 10))
+        beside(self.finish)
         self.record.end(self.record.parent)
 
 
@@ -277,17 +295,17 @@ def test_a_server_killed_in_the_middle_gets_the_rest_when_it_is_back(
     server: Server, gate: Gate, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = Told(tmp_path / "job")
-    quickly(run.begin)
-    quickly(lambda: run.train(1, 11))
+    beside(run.begin)
+    beside(lambda: run.train(1, 11))
     known = run.record.known(run.record.parent)
     assert len(known) == 32
     server.kill()
-    quickly(lambda: run.train(11, 21))
+    beside(lambda: run.train(11, 21))
     assert wait_until(lambda: bool(run.record.spool.fault), 60)
     assert run.record.known([run.record.parent]) == [known]
     server.start()
-    quickly(lambda: run.train(21, 31))
-    quickly(run.finish)
+    beside(lambda: run.train(21, 31))
+    beside(run.finish)
     assert wait_until(lambda: run.record.spool.idle, 60)
     run.record.end(run.record.parent)
     assert "does not answer" in capfd.readouterr().err
@@ -299,9 +317,9 @@ def test_what_fails_with_500_is_tried_again_and_said_once(
 ) -> None:
     gate.failing = True
     run = Told(tmp_path / "job")
-    quickly(run.begin)
+    beside(run.begin)
     for step in range(1, 31):
-        quickly(lambda step=step: run.train(step, step + 1))
+        beside(lambda step=step: run.train(step, step + 1))
     begun = time.monotonic()
     assert run.record.known(run.record.parent) == run.record.parent
     assert time.monotonic() - begun < 5, "a server that fails is not waited for"
@@ -316,9 +334,9 @@ def test_what_fails_with_500_is_tried_again_and_said_once(
 def test_a_slow_server_gives_its_ids_in_time_and_gets_the_rest_by_the_next_run(gate: Gate, tmp_path: Path) -> None:
     gate.delay = 5.0
     run = Told(tmp_path / "job")
-    quickly(run.begin)
+    beside(run.begin)
     for step in range(1, 31):
-        quickly(lambda step=step: run.train(step, step + 1))
+        beside(lambda step=step: run.train(step, step + 1))
     ids = run.record.known([run.record.parent, run.curve.run])
     assert [len(one) for one in ids] == [32, 32]
     run.finish()
@@ -339,9 +357,9 @@ def test_a_database_on_a_full_disk_takes_the_rest_when_there_is_room(
     server.kill()
     server.start(most_bytes=server.database.stat().st_size)
     run = Told(tmp_path / "job")
-    quickly(run.begin)
+    beside(run.begin)
     for step in range(1, 31):
-        quickly(lambda step=step: run.train(step, step + 1))
+        beside(lambda step=step: run.train(step, step + 1))
     # What fits into pages that are there is taken: fill them.
     filling = 0
     while not run.record.spool.fault and filling < 10_000:
@@ -378,7 +396,8 @@ def test_a_killed_process_leaves_a_run_that_the_next_goes_on_with(
 ) -> None:
     folder = tmp_path / "job"
     command = [sys.executable, "-c", FIRST, str(folder)]
-    assert subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == -signal.SIGKILL
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == -signal.SIGKILL
     assert len(spool.left()) == 1
     run = Told(folder)
     run.whole()  # its curve is told from the start again
@@ -387,9 +406,7 @@ def test_a_killed_process_leaves_a_run_that_the_next_goes_on_with(
         sync.sync()
     check(gate.address, run)
     # One that nobody goes on with is over.
-    assert subprocess.run(
-        [*command[:-1], str(tmp_path / "other")], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    subprocess.run([*command[:-1], str(tmp_path / "other")], cwd=ROOT, env=environment)
     sync.sync()
     assert "pretrain-row: sent" in capfd.readouterr().out
     name = json.loads((tmp_path / "other" / "mlflow.json").read_text())["run"]
@@ -416,9 +433,8 @@ def test_sync_puts_ids_into_what_was_published_and_dvc_does_not_run_it_again(
     record.end(record.parent)
     (clone.folder / "dvc.yaml").write_text(STAGES)
     for name in ("one", "two"):
-        (clone.folder / f"{name}.json").write_text(
-            json.dumps({"mlflow_run_id": record.known(record.parent), "x": name})
-        )
+        manifest = {"mlflow_run_id": record.known(record.parent), "row": name}
+        (clone.folder / f"{name}.json").write_text(json.dumps(manifest))
         (clone.folder / "runs" / "pretrain" / name).mkdir(parents=True)
     clone.dvc("repro")
     (clone.folder / "two.json").write_text("{}")
@@ -430,11 +446,9 @@ def test_sync_puts_ids_into_what_was_published_and_dvc_does_not_run_it_again(
     (run,) = client.search_runs(["1"], f"tags.`unmask.id` = '{record.parent}'")
     for name in ("one", "two"):
         found = json.loads((clone.folder / "runs" / "pretrain" / name / "manifest.json").read_text())
-        assert found == {"mlflow_run_id": run.info.run_id, "x": name}
+        assert found == {"mlflow_run_id": run.info.run_id, "row": name}
     status = clone.dvc("status")
     assert "one" not in status.split("changed deps")[0]
     assert "two.json" in status, "what was stale before is stale"
     clone.dvc("repro", "one")
-    assert (
-        json.loads((clone.folder / "runs/pretrain/one/manifest.json").read_text())["mlflow_run_id"] == run.info.run_id
-    )
+    assert run.info.run_id in (clone.folder / "runs" / "pretrain" / "one" / "manifest.json").read_text()
