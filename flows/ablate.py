@@ -17,7 +17,7 @@ from flows import ablations, figures, rows, strips, workspace
 from flows.downstream import check_labels
 from flows.points import PIXELS, Laboratory, Measured, each
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, command, died, picture_address, published
+from flows.stage import Stage, artifact_key, command, died, picture_address, published, shown
 from flows.workers import JobDiedError, JobFailedError, Watch, Workers, cores, slots
 from mim_core.files import read_curve
 
@@ -208,10 +208,11 @@ def show(stage: Stage, record: Any, folder: Path, found: ablations.Ablation, poi
         record.file(record.parent, path)
     record.end(record.parent)
     text = f"{ablations.headline(found)}\n\n{(folder / 'table.md').read_text()}"
-    create_markdown_artifact(text, key=artifact_key("ablation", stage.row))
-    for name in ("figure", "recoveries"):
-        picture = picture_address(folder / f"{name}.png")
-        create_image_artifact(picture, key=artifact_key(f"ablation-{name}", stage.row), description=stage.row)
+    with shown():
+        create_markdown_artifact(text, key=artifact_key("ablation", stage.row))
+        for name in ("figure", "recoveries"):
+            picture = picture_address(folder / f"{name}.png")
+            create_image_artifact(picture, key=artifact_key(f"ablation-{name}", stage.row), description=stage.row)
 
 
 def axis_curves(stage: Stage, points: Sequence[Point]) -> dict[str, dict[int, float]]:

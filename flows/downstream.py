@@ -17,7 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import rows, workspace
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, command, died, encoder_of, picture_address, write_curves
+from flows.stage import Stage, artifact_key, command, died, encoder_of, picture_address, shown, write_curves
 from flows.workers import Workers, cores, slots
 
 Point = dict[str, Any]
@@ -157,9 +157,12 @@ def show(
     table = [{key: round(point[key], 5) for key in keys if key in point} for point in (*grid[1:], *finals)]
     chosen = f", learning rate {metrics['lr']:g} chosen on validation" if "lr" in metrics else ""
     said = f"{stage.row}: {finals[0]['metric']}{chosen}"
-    create_table_artifact(table, key=artifact_key("result", stage.row), description=said)
-    picture = picture_address(folder / PICTURE)
-    create_image_artifact(picture, key=artifact_key("predictions", stage.row), description=f"Predictions: {stage.row}")
+    with shown():
+        create_table_artifact(table, key=artifact_key("result", stage.row), description=said)
+        picture = picture_address(folder / PICTURE)
+        create_image_artifact(
+            picture, key=artifact_key("predictions", stage.row), description=f"Predictions: {stage.row}"
+        )
 
 
 @flow(name="downstream", flow_run_name="downstream {row}", task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]

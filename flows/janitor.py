@@ -24,7 +24,9 @@ import psutil
 from flows import workspace
 
 MESSAGE = "the process was killed; the same command goes on from the last checkpoint"
+LATE = "completed while this server did not answer"
 _lock = threading.RLock()
+_left = threading.Event()
 
 
 def begin() -> None:
@@ -41,6 +43,16 @@ def note_lease(lease: UUID, held: bool) -> None:
     with _lock:
         leases = [one for one in _own().get("leases", []) if one != str(lease)]
         _note("leases", [*leases, str(lease)] if held else leases)
+
+
+def leave(key: str) -> None:
+    """Leave this process's flow run to a later process, which tells Prefect of its end: `completed`, or `flow_run` where
+    it was not."""
+    with _lock:
+        own = _own()
+        if run := own.pop("flow_run", None):
+            workspace.write_json(_path(), {**own, key: run})
+            _left.set()
 
 
 def left() -> bool:
@@ -67,11 +79,13 @@ def sweep() -> None:
             path.unlink(missing_ok=True)
 
 
-def _crash(run: str) -> bool:
-    """Set a flow run and its task runs to Crashed; gives whether there is nothing more to do."""
+def _end(run: str, completed: bool) -> bool:
+    """Set a flow run and its task runs to Crashed or Completed; gives whether there is nothing more to do."""
     from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
     from prefect.exceptions import ObjectNotFound
-    from prefect.states import Cancelled, Crashed
+    from prefect.states import Cancelled, Completed, Crashed
+
+    over: Any = Completed(message=LATE) if completed else Crashed(message=MESSAGE)
 
     with _client() as client:
         if not client:
@@ -79,12 +93,12 @@ def _crash(run: str) -> bool:
         try:
             state = client.read_flow_run(UUID(run)).state
             if state and (state.is_running() or state.is_cancelling()):
-                over: Any = Cancelled(message=MESSAGE) if state.is_cancelling() else Crashed(message=MESSAGE)
-                client.set_flow_run_state(UUID(run), over, force=True)
+                end = Cancelled(message=MESSAGE) if state.is_cancelling() else over
+                client.set_flow_run_state(UUID(run), end, force=True)
             open_ones = TaskRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
             of_run = FlowRunFilter.model_validate({"id": {"any_": [run]}})
             for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=open_ones):
-                client.set_task_run_state(task.id, Crashed(message=MESSAGE), force=True)
+                client.set_task_run_state(task.id, over, force=True)
         except ObjectNotFound:  # the history was cleared
             return True
         except Exception:
@@ -104,7 +118,8 @@ def _release(leases: list[str]) -> bool:
     return True
 
 
-MENDS: dict[str, Callable[[Any], bool]] = {"leases": _release, "flow_run": _crash}
+MENDS: dict[str, Callable[[Any], bool]] = {"leases": _release, "flow_run": lambda run: _end(run, False)}
+MENDS["completed"] = lambda run: _end(run, True)
 
 
 def _client() -> Any:
@@ -135,7 +150,7 @@ def _register() -> None:
     _folder().mkdir(parents=True, exist_ok=True)
     path, pid = _path(), os.getpid()
     # A fork that ends is not the end.
-    atexit.register(lambda: path.unlink(missing_ok=True) if os.getpid() == pid else None)
+    atexit.register(lambda: path.unlink(missing_ok=True) if os.getpid() == pid and not _left.is_set() else None)
 
 
 def _own() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from flows import figures_search, rows, searches, warm, workspace
 from flows.downstream import check_labels
 from flows.points import Laboratory, Measured, each
 from flows.spaces import Row, Space, tokenizers
-from flows.stage import Stage, artifact_key, command, picture_address, published
+from flows.stage import Stage, artifact_key, command, picture_address, published, shown
 from flows.study import COMPLETE, DEFAULT, FAIL, HOUR, PRUNED, Course, Ongoing
 from flows.workers import JobDiedError, StoppedError, Watch, Workers, cores, slots
 from mim_core.files import read_curve, write_atomically
@@ -311,15 +311,21 @@ def show(bench: Bench, found: searches.Search) -> None:
             record.file(record.parent, path)
     record.tag(record.parent, "search", found.name)
     record.end(record.parent)
-    header, lines = searches.terminal(found)
-    table = [dict(zip(header, line, strict=True)) for line in lines]
-    create_table_artifact(table, key=artifact_key("search", found.name), description=searches.headline(found))
-    trials = [
-        {"trial": one["number"], "state": one["state"], "score": one["score"], **one["settings"]} for one in found.tried
-    ]
-    create_table_artifact(trials, key=artifact_key("search-trials", found.name), description=f"Trials of {found.name}")
-    picture = picture_address(found.folder / "figure.png")
-    create_image_artifact(picture, key=artifact_key("search-figure", found.name), description=searches.counted(found))
+    with shown():
+        header, lines = searches.terminal(found)
+        table = [dict(zip(header, line, strict=True)) for line in lines]
+        create_table_artifact(table, key=artifact_key("search", found.name), description=searches.headline(found))
+        trials = [
+            {"trial": one["number"], "state": one["state"], "score": one["score"], **one["settings"]}
+            for one in found.tried
+        ]
+        create_table_artifact(
+            trials, key=artifact_key("search-trials", found.name), description=f"Trials of {found.name}"
+        )
+        picture = picture_address(found.folder / "figure.png")
+        create_image_artifact(
+            picture, key=artifact_key("search-figure", found.name), description=searches.counted(found)
+        )
 
 
 @flow(name="search", flow_run_name="search {name}", task_runner=ThreadPoolTaskRunner(max_workers=slots()))  # type: ignore[arg-type]

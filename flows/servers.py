@@ -41,6 +41,8 @@ def settings() -> dict[str, str]:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(START_SECONDS),
         # Its pages have the logs; what a person has to read at the terminal, our commands say.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        # The default of 5 tries takes minutes at the end of a flow whose server has died.
+        "PREFECT_CLIENT_MAX_RETRIES": "3",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         # A try again of what was only slow could do it twice: `flows.sender` tries again in a way that cannot.

@@ -73,7 +73,9 @@ def encoder_of(given: rows.Rows, section: str, params: Mapping[str, Any]) -> Sta
 
 
 class Stage:
-    """One run of a stage on a row, after its checks."""
+    """One run of a stage on a row, after its checks; `closed` where one of this process has come to its end."""
+
+    closed = False
 
     def __init__(
         self,
@@ -124,6 +126,7 @@ class Stage:
         """Drop the jobs' folders, whose results are published, and note where the time went."""
         shutil.rmtree(self.state, ignore_errors=True)
         note_time(f"{self.name} {self.row}", self.spans)
+        Stage.closed = True
 
 
 def note_time(stage: str, spans: list[Span]) -> None:
@@ -186,9 +189,52 @@ def command(name: str, check: Callable[[str], object], run: Callable[[str], obje
     with interruptible(f"{name} {sys.argv[1]}"):
         try:
             check(sys.argv[1])
-            run(sys.argv[1])
+            with outliving_prefect(f"{name} {sys.argv[1]}"):
+                run(sys.argv[1])
         except workspace.UserError as error:
             raise SystemExit(f"{name} {sys.argv[1]} cannot run:\n{error}") from None
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Show something on Prefect's pages; where its server does not answer this is left out, as they are only a view."""
+    from httpx import HTTPError
+
+    try:
+        yield
+    except HTTPError as error:
+        print(f"Prefect's page of this run is not complete: {error}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def outliving_prefect(what: str) -> Iterator[None]:
+    """Run a flow whose Prefect server may die: its work is done all the same, and only the end of its run is not told.
+
+    Where it could not do its work without, the process ends with a message and exit code 75.
+    """
+    from httpx import HTTPError
+
+    try:
+        yield
+    except HTTPError as error:
+        janitor.leave("completed" if Stage.closed else "flow_run")
+        if Stage.closed:
+            print(
+                f"{what}: done; Prefect's server does not answer ({error}) and is told by the next run", file=sys.stderr
+            )
+            return
+        # What the flow ended with, before it could not say so.
+        own: BaseException | None = error
+        while own and not isinstance(own, (workspace.UserError, StoppedError, InterruptError, KeyboardInterrupt)):
+            own = own.__context__
+        if own:
+            raise own from None
+        print(
+            f"{what}: Prefect's server does not answer: {error}\nwhat was trained is kept; start the server again "
+            "(`unmask up`), and the same command goes on from there",
+            file=sys.stderr,
+        )
+        sys.exit(75)
 
 
 class InterruptError(BaseException):
