@@ -160,9 +160,8 @@ def show(
     with shown():
         create_table_artifact(table, key=artifact_key("result", stage.row), description=said)
         picture = picture_address(folder / PICTURE)
-        create_image_artifact(
-            picture, key=artifact_key("predictions", stage.row), description=f"Predictions: {stage.row}"
-        )
+        key = artifact_key("predictions", stage.row)
+        create_image_artifact(picture, key=key, description=f"Predictions: {stage.row}")
 
 
 @flow(name="downstream", flow_run_name="downstream {row}", task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]

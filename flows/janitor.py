@@ -46,8 +46,7 @@ def note_lease(lease: UUID, held: bool) -> None:
 
 
 def leave(key: str) -> None:
-    """Leave this process's flow run to a later process, which tells Prefect of its end: `completed`, or `flow_run` where
-    it was not."""
+    """Leave it to a later process to tell Prefect of this one's end: as `completed`, else as `flow_run`."""
     with _lock:
         own = _own()
         if run := own.pop("flow_run", None):

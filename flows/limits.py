@@ -1,8 +1,9 @@
 """Prefect's concurrency limit `gpu`: how many small runs go on at once on one machine, over all flows on one server.
 
 `unmask up` creates it. A job takes its share of the machine before it begins, in any flow on a server; a run without a
-server, or whose server has died, takes nothing, as nothing could be counted. What a job holds is a lease, renewed while it runs: a process that
-was killed holds its share for LEASE_SECONDS at most, and until the next stage begins on its machine (`flows.janitor`).
+server, or whose server has died, takes nothing, as nothing could be counted. What a job holds is a lease, renewed while
+it runs: a process that was killed holds its share for LEASE_SECONDS at most, and until the next stage begins on its
+machine (`flows.janitor`).
 """
 
 from __future__ import annotations

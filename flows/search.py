@@ -311,21 +311,19 @@ def show(bench: Bench, found: searches.Search) -> None:
             record.file(record.parent, path)
     record.tag(record.parent, "search", found.name)
     record.end(record.parent)
+    header, lines = searches.terminal(found)
+    table = [dict(zip(header, line, strict=True)) for line in lines]
+    trials = [
+        {"trial": one["number"], "state": one["state"], "score": one["score"], **one["settings"]} for one in found.tried
+    ]
+    picture = picture_address(found.folder / "figure.png")
     with shown():
-        header, lines = searches.terminal(found)
-        table = [dict(zip(header, line, strict=True)) for line in lines]
-        create_table_artifact(table, key=artifact_key("search", found.name), description=searches.headline(found))
-        trials = [
-            {"trial": one["number"], "state": one["state"], "score": one["score"], **one["settings"]}
-            for one in found.tried
-        ]
-        create_table_artifact(
-            trials, key=artifact_key("search-trials", found.name), description=f"Trials of {found.name}"
-        )
-        picture = picture_address(found.folder / "figure.png")
-        create_image_artifact(
-            picture, key=artifact_key("search-figure", found.name), description=searches.counted(found)
-        )
+        key = artifact_key("search", found.name)
+        create_table_artifact(table, key=key, description=searches.headline(found))
+        key = artifact_key("search-trials", found.name)
+        create_table_artifact(trials, key=key, description=f"Trials of {found.name}")
+        key = artifact_key("search-figure", found.name)
+        create_image_artifact(picture, key=key, description=searches.counted(found))
 
 
 @flow(name="search", flow_run_name="search {name}", task_runner=ThreadPoolTaskRunner(max_workers=slots()))  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import json
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ import psutil
 from flows import data, janitor, rows, workspace
 from flows.workers import JobDiedError, Span, StoppedError
 from mim_core.files import read_curve, write_atomically
+
+
+_over = threading.Event()
+"""This process's stage has come to its end."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,7 @@ def encoder_of(given: rows.Rows, section: str, params: Mapping[str, Any]) -> Sta
 
 
 class Stage:
-    """One run of a stage on a row, after its checks; `closed` where one of this process has come to its end."""
-
-    closed = False
+    """One run of a stage on a row, after its checks."""
 
     def __init__(
         self,
@@ -126,11 +129,10 @@ class Stage:
         """Drop the jobs' folders, whose results are published, and note where the time went."""
         shutil.rmtree(self.state, ignore_errors=True)
         note_time(f"{self.name} {self.row}", self.spans)
-        Stage.closed = True
 
 
 def note_time(stage: str, spans: list[Span]) -> None:
-    """Note a stage's time: the whole process's, and the work's, which is when at least one job ran."""
+    """Note a stage's time at its end: the whole process's, and the work's, which is when at least one job ran."""
     work, until = 0.0, 0.0
     for begun, ended in sorted(spans):
         work += max(0.0, ended - max(begun, until))
@@ -139,6 +141,7 @@ def note_time(stage: str, spans: list[Span]) -> None:
     line = {"stage": stage, "ended": now, "wall": now - psutil.Process().create_time(), "work": work}
     with (workspace.home() / "timings.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
+    _over.set()
 
 
 def write_curves(target: Path, curves: Mapping[tuple[Any, ...], Path], names: tuple[str, ...]) -> None:
@@ -217,11 +220,9 @@ def outliving_prefect(what: str) -> Iterator[None]:
     try:
         yield
     except HTTPError as error:
-        janitor.leave("completed" if Stage.closed else "flow_run")
-        if Stage.closed:
-            print(
-                f"{what}: done; Prefect's server does not answer ({error}) and is told by the next run", file=sys.stderr
-            )
+        janitor.leave("completed" if _over.is_set() else "flow_run")
+        if _over.is_set():
+            print(f"{what}: done; the next run tells Prefect's server, which does not answer: {error}", file=sys.stderr)
             return
         # What the flow ended with, before it could not say so.
         own: BaseException | None = error
