@@ -24,7 +24,6 @@ from flows import data, janitor, rows, workspace
 from flows.workers import JobDiedError, Span, StoppedError
 from mim_core.files import read_curve, write_atomically
 
-
 _over = threading.Event()
 """This process's stage has come to its end."""
 
