@@ -60,7 +60,9 @@ class Server:
                 command, stdout=log, stderr=log, start_new_session=True,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
             )  # fmt: skip
-        assert wait_until(self._answers, 180), (self.folder / "log").read_text()
+        if not wait_until(self._answers, 300):
+            self.kill()
+            raise AssertionError((self.folder / "log").read_text())
 
     def _answers(self) -> bool:
         try:
