@@ -34,7 +34,7 @@ class Sender:
         self._client: MlflowClient | None = None
         self._experiment = ""
         self._new: set[str] = set()
-        self._there: dict[str, set[tuple[str, int]]] = {}
+        self._there: dict[str, set[tuple[str, int, str]]] = {}
 
     @property
     def client(self) -> MlflowClient:
@@ -119,12 +119,12 @@ class Sender:
         if run not in self._there:
             keys = self.client.get_run(run).data.metrics
             history = [point for key in keys for point in self.client.get_metric_history(run, key)]
-            self._there[run] = {(point.key, point.step) for point in history}
-        there = self._there[run]
-        points = [Metric(*point) for point in said["points"] if (point[0], point[3]) not in there]
+            self._there[run] = {told for point in history for told in _told(point)}
+        there, curve = self._there[run], said.get("curve", False)
+        points = [point for point in (Metric(*one) for one in said["points"]) if _told(point)[curve] not in there]
         if points:
             self.client.log_batch(run, metrics=points)
-        there |= {(point.key, point.step) for point in points}
+        there |= {told for point in points for told in _told(point)}
 
     def _file(self, run: str, said: Mapping[str, Any]) -> None:
         path = Path(said["path"])
@@ -148,6 +148,12 @@ class Sender:
         lock = workspace.home() / "mlflow" / "champion.lock"
         verdict = registry.register_model(self.client, run, Path(said["path"]), Path(said["pack"]), said["tags"], lock)
         self.client.set_tag(run, "registered", verdict)
+
+
+def _told(point: Metric) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
+    """What makes a metric's point one that is there: key, step and value, as summaries change, or for a curve the first
+    two: a device may compute a step a little differently the second time."""
+    return (point.key, point.step, repr(point.value)), (point.key, point.step, "")
 
 
 def with_ids(text: str, ids: Mapping[str, str]) -> str:

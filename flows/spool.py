@@ -52,7 +52,7 @@ class Tape:
             try:
                 operation = json.loads(line)
             except json.JSONDecodeError:  # the disk was full
-                continue
+                operation = {"op": "broken"}
             self.waiting.append((at, operation))
             if operation["op"] == "open":
                 self.opens.append(operation)
@@ -122,7 +122,7 @@ class Spool:
                 self.file.write(json.dumps(line, default=str).encode() + b"\n")
                 self.file.flush()
             self.idle = False
-        except OSError as error:  # a full disk must not end the training
+        except (OSError, ValueError) as error:  # a full disk must not end the training
             self._tell(f"a part of MLflow's record is lost: {error}")
         if not self.fault:
             self.wake.set()
@@ -150,7 +150,7 @@ class Spool:
         source, self.files = Path(operation["path"]), self.files + 1
         target = self.path.with_suffix("") / str(self.files) / source.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if operation["op"] != "file":
+        if operation["op"] in ("register", "compete"):
             with contextlib.suppress(OSError):  # another file system
                 target.hardlink_to(source)
                 return target

@@ -121,6 +121,7 @@ class Stage:
         folder = workspace.run_folder(kind, self.row)
         folder.mkdir(parents=True, exist_ok=True)
         for name in products:
+            (folder / name).unlink(missing_ok=True)  # what still goes to MLflow may be a link to it
             shutil.copyfile(job / name, folder / name)
         return folder
 

@@ -217,7 +217,7 @@ class Curve:
     def flush(self) -> None:
         """Send what waits; up to 1,000 points a call, MLflow's limit."""
         for start in range(0, len(self.waiting), 1000):
-            self.record.do("metrics", self.run, points=self.waiting[start : start + 1000])
+            self.record.do("metrics", self.run, points=self.waiting[start : start + 1000], curve=True)
         self.waiting, self.sent = [], time.monotonic()
 
     def finish(self, values: Mapping[str, Any]) -> None:
