@@ -219,7 +219,9 @@ def outliving_prefect(what: str) -> Iterator[None]:
 
     try:
         yield
-    except HTTPError as error:
+    except (HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error.__cause__, HTTPError):  # it says so at the start
+            raise
         janitor.leave("completed" if _over.is_set() else "flow_run")
         if _over.is_set():
             print(f"{what}: done; the next run tells Prefect's server, which does not answer: {error}", file=sys.stderr)
