@@ -22,29 +22,31 @@ WORDS = {"open": "runs", "metrics": "points", "file": "files", "tag": "tags", "e
 WORDS |= {"register": "encoders", "compete": "models"}
 # Under DVC's lock: another of its commands that is running would take a file for changed.
 MEND = """
-import json, os, sys
+import json, sys
+from pathlib import Path
 from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo, lock_repo
 from mim_core.files import write_atomically
-from pathlib import Path
 
 mended = json.load(sys.stdin)
 with Repo() as repo:
     try:
         with lock_repo(repo):
-            known = []
+            stages = {}
             for path in mended:
                 try:
-                    known += [] if repo.status(targets=[path]) else [path]
-                except DvcException:  # a row that is not in params/ any more
-                    pass
+                    (out,) = repo.find_outs_by_path(path)
+                except DvcException:  # of no row that is in params/
+                    continue
+                stages[out.stage.addressing] = out.stage
+            fresh = [name for name, stage in stages.items() if not any(stage.changed_entries())]
             for path, text in mended.items():
                 write_atomically(Path(path), text)
-            for path in known:
-                repo.commit(path, force=True)
-    except LockError:
-        sys.exit("DVC is at work")
+            for name in fresh:
+                repo.commit(name, force=True)
+    except LockError as error:
+        sys.exit(str(error))
 """
 
 

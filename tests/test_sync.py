@@ -136,8 +136,6 @@ def gate(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UNMASK_HOME", str(tmp_path / "home"))
-    # No test but one waits for a server; and a failure is tried again soon.
-    monkeypatch.setattr(tracking, "END_SECONDS", 1.0)
     monkeypatch.setattr(spool, "AGAIN_SECONDS", 0.3)
     return tmp_path / "home"
 
@@ -222,7 +220,8 @@ def check(address: str, run: Told) -> tuple[Run, Run]:
     assert (parent.data.params, job.data.params) == ({"optim.lr": "0.1"}, {"seed": "0"})
     assert next(iter(job.data.metrics)) == "validation_score"
     history = {key: client.get_metric_history(job.info.run_id, key) for key in job.data.metrics}
-    assert history.keys() == {"loss", "validation_score"}
+    assert history.keys() == {"loss", "steps", "validation_score"}
+    assert len(history["steps"]) == 1
     assert Counter(point.step for point in history["loss"]) == Counter(range(1, 31))
     assert [point.step for point in history["validation_score"]] == [0, 30], "nan so far, and the score"
     assert len(client.get_metric_history(parent.info.run_id, "score")) == 1
@@ -324,7 +323,7 @@ def test_what_fails_with_500_is_tried_again_and_said_once(
         beside(lambda step=step: run.train(step, step + 1))
     begun = time.monotonic()
     assert run.record.known(run.record.parent) == run.record.parent
-    assert time.monotonic() - begun < 5, "a server that fails is not waited for"
+    assert time.monotonic() - begun < 20, "a server that fails is not waited for"
     gate.failing = False
     run.finish()
     assert wait_until(lambda: run.record.spool.idle, 60)
@@ -333,7 +332,9 @@ def test_what_fails_with_500_is_tried_again_and_said_once(
     check(gate.address, run)
 
 
-def test_a_slow_server_gives_its_ids_in_time_and_gets_the_rest_by_the_next_run(gate: Gate, tmp_path: Path) -> None:
+def test_a_slow_server_gives_its_ids_in_time_and_gets_the_rest_by_the_next_run(
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate.delay = 5.0
     run = Told(tmp_path / "job")
     beside(run.begin)
@@ -342,7 +343,9 @@ def test_a_slow_server_gives_its_ids_in_time_and_gets_the_rest_by_the_next_run(g
     ids = run.record.known([run.record.parent, run.curve.run])
     assert [len(one) for one in ids] == [32, 32]
     run.finish()
-    run.record.end(run.record.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "END_SECONDS", 1.0)
+        run.record.end(run.record.parent)
     assert spool.left(), "it answers too slowly to be waited for"
     gate.delay = 0.0
     assert wait_until(lambda: not run.record.spool.thread.is_alive(), 30)
@@ -362,12 +365,11 @@ def test_a_database_on_a_full_disk_takes_the_rest_when_there_is_room(
     beside(run.begin)
     for step in range(1, 31):
         beside(lambda step=step: run.train(step, step + 1))
-    # What fits into pages that are there is taken: fill them.
-    filling = 0
-    while not run.record.spool.fault and filling < 10_000:
-        run.record.tag(run.record.parent, f"filling {filling}", "x" * 4000)
-        filling += 1
-        time.sleep(0.01)
+    for place in range(1000):  # what fits into pages that are there is taken
+        run.record.tag(run.record.parent, f"filling {place}", "x" * 4000)
+        wait_until(lambda: run.record.spool.idle or bool(run.record.spool.fault), 60)
+        if run.record.spool.fault:
+            break
     assert run.record.spool.fault
     run.finish()
     server.kill()
@@ -380,15 +382,17 @@ def test_a_database_on_a_full_disk_takes_the_rest_when_there_is_room(
 FIRST = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, "tests")
-from test_sync import Told
+from flows.tracking import Record
 from flows.workers import wait_until
 
-run = Told(Path(sys.argv[1]))
-run.begin()
-run.train(1, 11)
-assert wait_until(lambda: run.record.spool.idle, 60)
-run.train(11, 16)
+folder = Path(sys.argv[1])
+record = Record("pretrain", "row", folder, {"name": "scenes", "md5": "0" * 32}, {"optim": {"lr": 0.1}}, watch=False)
+curve = record.point("job", folder / "seed_0", {"seed": 0}, {"seed": 0}, {"trial": "3"})
+curve.add([{"step": step, "time": step, "loss": 1 / step} for step in range(1, 11)])
+curve.flush()
+assert wait_until(lambda: record.spool.idle, 60)
+curve.add([{"step": step, "time": step, "loss": 1 / step} for step in range(11, 16)])
+curve.flush()
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -403,9 +407,6 @@ def test_a_killed_process_leaves_a_run_that_the_next_goes_on_with(
     assert len(spool.left()) == 1
     run = Told(folder)
     run.whole()  # its curve is told from the start again
-    assert wait_until(lambda: not run.record.spool.thread.is_alive(), 60)
-    if spool.left():  # more than a second's work
-        sync.sync()
     check(gate.address, run)
     # One that nobody goes on with is over.
     subprocess.run([*command[:-1], str(tmp_path / "other")], cwd=ROOT, env=environment)
@@ -438,7 +439,7 @@ def test_sync_puts_ids_into_what_was_published_and_dvc_does_not_run_it_again(
         manifest = {"mlflow_run_id": record.known(record.parent), "row": name}
         (clone.folder / f"{name}.json").write_text(json.dumps(manifest))
         (clone.folder / "runs" / "pretrain" / name).mkdir(parents=True)
-    clone.dvc("repro")
+    clone.dvc("repro", "one", "two")
     (clone.folder / "two.json").write_text("{}")
     assert "does not answer" in clone.unmask("sync", fails=True)
     clone.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{server.port}"
@@ -449,8 +450,9 @@ def test_sync_puts_ids_into_what_was_published_and_dvc_does_not_run_it_again(
     for name in ("one", "two"):
         found = json.loads((clone.folder / "runs" / "pretrain" / name / "manifest.json").read_text())
         assert found == {"mlflow_run_id": run.info.run_id, "row": name}
-    status = clone.dvc("status")
-    assert "one" not in status.split("changed deps")[0]
+    status = clone.dvc("status", "one", "two")
     assert "two.json" in status, "what was stale before is stale"
-    clone.dvc("repro", "one")
+    assert "one.json" not in status
+    assert "runs/pretrain/one" not in status
+    assert "didn't change" in clone.dvc("repro", "one")
     assert run.info.run_id in (clone.folder / "runs" / "pretrain" / "one" / "manifest.json").read_text()
