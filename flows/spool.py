@@ -108,7 +108,7 @@ class Spool:
             self.thread.start()
         except OSError as error:
             self.file = None
-            self._tell(f"MLflow gets no record of this run: {error}")
+            self.tell(f"MLflow gets no record of this run: {error}")
 
     def do(self, operation: Operation) -> None:
         """Keep an operation, to be sent soon."""
@@ -123,7 +123,7 @@ class Spool:
                 self.file.flush()
             self.idle = False
         except (OSError, ValueError) as error:  # a full disk must not end the training
-            self._tell(f"a part of MLflow's record is lost: {error}")
+            self.tell(f"a part of MLflow's record is lost: {error}")
         if not self.fault:
             self.wake.set()
 
@@ -143,7 +143,7 @@ class Spool:
         self.thread.join(seconds)
         self.late = True
         if self.path.exists():
-            self._tell(f"a part of MLflow's record waits in {folder()}; `unmask sync` sends it")
+            self.tell(f"a part of MLflow's record waits in {folder()}; `unmask sync` sends it")
 
     def _copied(self, operation: Operation) -> Path:
         """Keep a file as it is now: weights by a link, as they are never written in place."""
@@ -166,13 +166,13 @@ class Spool:
                 try:
                     for operation in self._work(tape):
                         if "refused" in operation:
-                            self._tell(f"MLflow refused '{operation['op']}': {operation['refused']}")
+                            self.tell(f"MLflow refused '{operation['op']}': {operation['refused']}")
                         if self.late:
                             return
                     self.fault, self.idle = "", True
                 except Exception as error:
                     self.fault = first_line(error)
-                    self._tell("MLflow does not answer, its record is kept on disk meanwhile", self.fault)
+                    self.tell("MLflow does not answer, its record is kept on disk meanwhile", self.fault)
                 if self.ended and (self.fault or tape.at == self.path.stat().st_size):
                     break
                 self.wake.wait(AGAIN_SECONDS if self.fault else None)
@@ -195,7 +195,8 @@ class Spool:
                     yield operation
                     yield from tape.send(self.sender)
 
-    def _tell(self, what: str, why: str = "") -> None:
+    def tell(self, what: str, why: str = "") -> None:
+        """Say something to whoever watches, once."""
         if what not in self.told:
             self.told.add(what)
             print(f"{what}: {why}" if why else what, file=sys.stderr, flush=True)

@@ -69,6 +69,8 @@ class Record:
         names = set(NAME.findall(text))
         if seconds:
             self.spool.settle(lambda: names <= ids.keys(), seconds)
+            if not names <= ids.keys():
+                self.spool.tell("what is published here has no id of MLflow's yet; `unmask sync` puts it in")
         found: Given = json.loads(with_ids(text, ids))
         return found
 

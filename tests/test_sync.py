@@ -275,7 +275,7 @@ def test_what_a_dead_server_missed_is_sent_once_whenever_sync_is_killed(
     run = Told(tmp_path / "job")
     run.whole()
     said = capfd.readouterr().err
-    assert said.count("does not answer") == said.count("unmask sync") == 1
+    assert said.count("does not answer") == said.count("unmask sync` sends it") == 1
     assert run.record.known(run.record.parent) == run.record.parent, "it has no other name"
     with pytest.raises(workspace.UserError, match=f"{gone} does not answer.*\n.*pretrain-row .13 operations"):
         sync.sync()
