@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -97,6 +98,8 @@ def train(workers: Workers, row: dict[str, Any], address: str, turn: int) -> dic
             curve.finish(result)
             record.known(record.parent)
             record.end(record.parent)
+            record.spool.thread.join()
+            shutil.rmtree(workspace.home() / "spool", ignore_errors=True)  # or the next record would send it
         return {"training": trained - begun, "end": time.perf_counter() - trained}
 
 

@@ -13,8 +13,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from mlflow.tracking import get_tracking_uri
-
 from flows import spool, workspace
 from flows.sender import NAME, Sender, first_line, with_ids
 
@@ -61,7 +59,7 @@ def sync() -> None:
     except Exception as error:
         waiting = ", ".join(f"{spool.name_of(path)} ({spool.count(path)} operations)" for path in spool.left())
         raise workspace.UserError(
-            f"MLflow at {get_tracking_uri()} does not answer: {first_line(error)}\n"
+            f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer: {first_line(error)}\n"
             f"what waits: {waiting or 'ids of runs'}; start its server (`unmask up`), then give the same command again"
         ) from error
     mended = {path: with_ids(text, {name: run for name, run in ids.items() if run}) for path, text in found.items()}
