@@ -98,9 +98,11 @@ def train(workers: Workers, row: dict[str, Any], address: str, turn: int) -> dic
             curve.finish(result)
             record.known(record.parent)
             record.end(record.parent)
+        ended = time.perf_counter()
+        if record:
             record.spool.thread.join()
             shutil.rmtree(workspace.home() / "spool", ignore_errors=True)  # or the next record would send it
-        return {"training": trained - begun, "end": time.perf_counter() - trained}
+        return {"training": trained - begun, "end": ended - trained}
 
 
 @contextmanager
