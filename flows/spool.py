@@ -103,8 +103,10 @@ class Spool:
         self.thread = threading.Thread(target=self._serve, daemon=True)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file: IO[bytes] | None = self.path.open("ab")
+            new = self.path.with_suffix(".new")
+            self.file: IO[bytes] | None = new.open("ab")
             fcntl.flock(self.file, fcntl.LOCK_EX)
+            new.rename(self.path)  # nobody may take it for a dead process's before it is held
             self.thread.start()
         except OSError as error:
             self.file = None
@@ -142,6 +144,7 @@ class Spool:
         self.wake.set()
         self.thread.join(seconds)
         self.late = True
+        self.wake.set()
         if self.path.exists():
             self.tell(f"a part of MLflow's record waits in {folder()}; `unmask sync` sends it")
 
@@ -173,7 +176,7 @@ class Spool:
                 except Exception as error:
                     self.fault = first_line(error)
                     self.tell("MLflow does not answer, its record is kept on disk meanwhile", self.fault)
-                if self.ended and (self.fault or tape.at == self.path.stat().st_size):
+                if self.late or (self.ended and (self.fault or tape.at == self.path.stat().st_size)):
                     break
                 self.wake.wait(AGAIN_SECONDS if self.fault else None)
                 self.wake.clear()
