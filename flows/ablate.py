@@ -17,7 +17,7 @@ from flows import ablations, figures, rows, strips, workspace
 from flows.downstream import check_labels
 from flows.points import PIXELS, Laboratory, Measured, each
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, command, died, picture_address, published
+from flows.stage import Stage, artifact_key, command, died, picture_address, published, shown
 from flows.workers import JobDiedError, JobFailedError, Watch, Workers, cores, slots
 from mim_core.files import read_curve
 
@@ -160,6 +160,7 @@ def publish(stage: Stage, record: Any, points: Sequence[Point]) -> tuple[Path, a
             for point in points
         ],
     }
+    results = record.known(results)
     workspace.write_json(folder / "results.json", results)
     found = ablations.of(results)
     (folder / "table.md").write_text(ablations.markdown(found))
@@ -182,7 +183,7 @@ def publish(stage: Stage, record: Any, points: Sequence[Point]) -> tuple[Path, a
         images_seen=sum(run.get("images_seen", 0) for run in runs),
         compute=runs[0]["compute"],
         metrics=metrics,
-        runs={"mlflow_run_id": record.parent, "prefect_flow_run_id": str(runtime.flow_run.id)},
+        runs={"mlflow_run_id": record.known(record.parent), "prefect_flow_run_id": str(runtime.flow_run.id)},
     )
     return folder, found
 
@@ -207,10 +208,11 @@ def show(stage: Stage, record: Any, folder: Path, found: ablations.Ablation, poi
         record.file(record.parent, path)
     record.end(record.parent)
     text = f"{ablations.headline(found)}\n\n{(folder / 'table.md').read_text()}"
-    create_markdown_artifact(text, key=artifact_key("ablation", stage.row))
-    for name in ("figure", "recoveries"):
-        picture = picture_address(folder / f"{name}.png")
-        create_image_artifact(picture, key=artifact_key(f"ablation-{name}", stage.row), description=stage.row)
+    with shown():
+        create_markdown_artifact(text, key=artifact_key("ablation", stage.row))
+        for name in ("figure", "recoveries"):
+            picture = picture_address(folder / f"{name}.png")
+            create_image_artifact(picture, key=artifact_key(f"ablation-{name}", stage.row), description=stage.row)
 
 
 def axis_curves(stage: Stage, points: Sequence[Point]) -> dict[str, dict[int, float]]:

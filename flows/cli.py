@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("down", _down, "stop them")
     ui = add("ui", _ui, "print and open the servers' addresses")
     ui.add_argument("--no-open", action="store_true", help="print the addresses only")
+    add("sync", _sync, "send MLflow what its server could not take, and put its ids into what was published")
     add("check", _check, "check every row of params/")
     add("report", _report, "build the report of all published results")
     for stage, text in (
@@ -157,6 +158,12 @@ def _ui(parsed: argparse.Namespace) -> None:
             import webbrowser
 
             webbrowser.open(servers.address(name, ports))
+
+
+def _sync(_: argparse.Namespace) -> None:
+    from flows import sync
+
+    sync.sync()
 
 
 def _check(_: argparse.Namespace) -> None:

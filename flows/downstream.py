@@ -17,7 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import rows, workspace
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, command, died, encoder_of, picture_address, write_curves
+from flows.stage import Stage, artifact_key, command, died, encoder_of, picture_address, shown, write_curves
 from flows.workers import Workers, cores, slots
 
 Point = dict[str, Any]
@@ -138,7 +138,7 @@ def publish(stage: Stage, record: Any, grid: Sequence[Point], finals: Sequence[P
         images_seen=sum(point["images_seen"] for point in points.values()),
         compute=best["compute"],
         metrics=metrics,
-        runs={"mlflow_run_id": record.parent, "prefect_flow_run_id": str(runtime.flow_run.id)},
+        runs={"mlflow_run_id": record.known(record.parent), "prefect_flow_run_id": str(runtime.flow_run.id)},
     )
     return folder, metrics
 
@@ -157,9 +157,11 @@ def show(
     table = [{key: round(point[key], 5) for key in keys if key in point} for point in (*grid[1:], *finals)]
     chosen = f", learning rate {metrics['lr']:g} chosen on validation" if "lr" in metrics else ""
     said = f"{stage.row}: {finals[0]['metric']}{chosen}"
-    create_table_artifact(table, key=artifact_key("result", stage.row), description=said)
-    picture = picture_address(folder / PICTURE)
-    create_image_artifact(picture, key=artifact_key("predictions", stage.row), description=f"Predictions: {stage.row}")
+    with shown():
+        create_table_artifact(table, key=artifact_key("result", stage.row), description=said)
+        picture = picture_address(folder / PICTURE)
+        key = artifact_key("predictions", stage.row)
+        create_image_artifact(picture, key=key, description=f"Predictions: {stage.row}")
 
 
 @flow(name="downstream", flow_run_name="downstream {row}", task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""Runs whose process was killed: nothing else tells Prefect and MLflow that they are over.
+"""Runs whose process was killed: nothing else tells Prefect that they are over (MLflow is told by `flows.spool`).
 
-A process that runs a flow has a file in .unmask/processes/ while it lives: which process it is, the flow run, MLflow's
-parent run, the leases it holds. The next flow to begin, or `unmask up`, marks what the dead ones left open: Prefect's
-run as Crashed, MLflow's as KILLED. Processes of other machines that share the folder are let be.
+A process that runs a flow has a file in .unmask/processes/ while it lives: which process it is, the flow run, the
+leases it holds. The next flow to begin, or `unmask up`, marks the runs of dead ones as Crashed and gives their leases
+back. Processes of other machines that share the folder are let be.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import psutil
 from flows import workspace
 
 MESSAGE = "the process was killed; the same command goes on from the last checkpoint"
+LATE = "completed while this server did not answer"
 _lock = threading.RLock()
+_left = threading.Event()
 
 
 def begin() -> None:
@@ -36,16 +38,20 @@ def begin() -> None:
         sweep()
 
 
-def note_mlflow(run: str) -> None:
-    """Note MLflow's parent run of this process's stage; its children are found by it."""
-    _note("mlflow_run", run)
-
-
 def note_lease(lease: UUID, held: bool) -> None:
     """Note that a lease of the concurrency limit is held, or not any more."""
     with _lock:
         leases = [one for one in _own().get("leases", []) if one != str(lease)]
         _note("leases", [*leases, str(lease)] if held else leases)
+
+
+def leave(key: str) -> None:
+    """Leave it to a later process to tell Prefect of this one's end: as `completed`, else as `flow_run`."""
+    with _lock:
+        own = _own()
+        if run := own.pop("flow_run", None):
+            workspace.write_json(_path(), {**own, key: run})
+            _left.set()
 
 
 def left() -> bool:
@@ -58,7 +64,7 @@ def sweep() -> None:
     time."""
     files = {path: _read(path) for path in _folder().glob("*.json")}
     living = [said for said in files.values() if said and not _dead(said)]
-    busy = [said[key] for said in living for key in ("flow_run", "mlflow_run") if key in said]
+    busy = [said["flow_run"] for said in living if "flow_run" in said]
     for path, said in files.items():
         if not said or not _dead(said):
             continue
@@ -72,11 +78,13 @@ def sweep() -> None:
             path.unlink(missing_ok=True)
 
 
-def _crash(run: str) -> bool:
-    """Set a flow run and its task runs to Crashed; gives whether there is nothing more to do."""
+def _end(run: str, completed: bool) -> bool:
+    """Set a flow run and its task runs to Crashed or Completed; gives whether there is nothing more to do."""
     from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
     from prefect.exceptions import ObjectNotFound
-    from prefect.states import Cancelled, Crashed
+    from prefect.states import Cancelled, Completed, Crashed
+
+    over: Any = Completed(message=LATE) if completed else Crashed(message=MESSAGE)
 
     with _client() as client:
         if not client:
@@ -84,12 +92,12 @@ def _crash(run: str) -> bool:
         try:
             state = client.read_flow_run(UUID(run)).state
             if state and (state.is_running() or state.is_cancelling()):
-                over: Any = Cancelled(message=MESSAGE) if state.is_cancelling() else Crashed(message=MESSAGE)
-                client.set_flow_run_state(UUID(run), over, force=True)
+                end = Cancelled(message=MESSAGE) if state.is_cancelling() else over
+                client.set_flow_run_state(UUID(run), end, force=True)
             open_ones = TaskRunFilter.model_validate({"state": {"type": {"any_": ["RUNNING", "PENDING"]}}})
             of_run = FlowRunFilter.model_validate({"id": {"any_": [run]}})
             for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=open_ones):
-                client.set_task_run_state(task.id, Crashed(message=MESSAGE), force=True)
+                client.set_task_run_state(task.id, over, force=True)
         except ObjectNotFound:  # the history was cleared
             return True
         except Exception:
@@ -109,13 +117,8 @@ def _release(leases: list[str]) -> bool:
     return True
 
 
-def _kill(run: str) -> bool:
-    from flows import tracking
-
-    return tracking.mark_killed(run)
-
-
-MENDS: dict[str, Callable[[Any], bool]] = {"leases": _release, "flow_run": _crash, "mlflow_run": _kill}
+MENDS: dict[str, Callable[[Any], bool]] = {"leases": _release, "flow_run": lambda run: _end(run, False)}
+MENDS["completed"] = lambda run: _end(run, True)
 
 
 def _client() -> Any:
@@ -146,7 +149,7 @@ def _register() -> None:
     _folder().mkdir(parents=True, exist_ok=True)
     path, pid = _path(), os.getpid()
     # A fork that ends is not the end.
-    atexit.register(lambda: path.unlink(missing_ok=True) if os.getpid() == pid else None)
+    atexit.register(lambda: path.unlink(missing_ok=True) if os.getpid() == pid and not _left.is_set() else None)
 
 
 def _own() -> dict[str, Any]:

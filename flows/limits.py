@@ -1,13 +1,15 @@
 """Prefect's concurrency limit `gpu`: how many small runs go on at once on one machine, over all flows on one server.
 
 `unmask up` creates it. A job takes its share of the machine before it begins, in any flow on a server; a run without a
-server takes nothing, as nothing could be counted. What a job holds is a lease, renewed while it runs: a process that
-was killed holds its share for LEASE_SECONDS at most, and until the next stage begins on its machine (`flows.janitor`).
+server, or whose server has died, takes nothing, as nothing could be counted. What a job holds is a lease, renewed while
+it runs: a process that was killed holds its share for LEASE_SECONDS at most, and until the next stage begins on its
+machine (`flows.janitor`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,27 +31,33 @@ def held(share: int, stopping: Callable[[], bool]) -> Iterator[None]:
 
     Raises UserError where the server has no such limit: two runs would share one device in silence.
     """
+    from httpx import TransportError
     from prefect import get_client
     from prefect.settings import get_current_settings
 
     if not get_current_settings().api.url:
         yield
         return
-    with get_client(sync_client=True) as client:
-        lease = _acquire(client, share, stopping)
-        if not lease:
-            yield
-            return
-        janitor.note_lease(lease, True)
-        ended = threading.Event()
-        threading.Thread(target=_renew, args=(lease, ended), daemon=True).start()
-        try:
-            yield
-        finally:
-            ended.set()
-            janitor.note_lease(lease, False)
-            with contextlib.suppress(Exception):  # a server that died keeps the lease for as long as one of ours
-                client.release_concurrency_slots_with_lease(lease)
+    lease = None
+    try:
+        with get_client(sync_client=True) as client:
+            lease = _acquire(client, share, stopping)
+    except TransportError as error:
+        print(f"Prefect's server does not answer, a job begins without its limit '{NAME}': {error}", file=sys.stderr)
+    if not lease:
+        yield
+        return
+    janitor.note_lease(lease, True)
+    ended = threading.Event()
+    threading.Thread(target=_renew, args=(lease, ended), daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        janitor.note_lease(lease, False)
+        # A server that died keeps the lease for as long as one of ours; a client that had no answer yet asks it once.
+        with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+            client.release_concurrency_slots_with_lease(lease)
 
 
 def _acquire(client: Any, share: int, stopping: Callable[[], bool]) -> UUID | None:

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import workspace
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, command
+from flows.stage import Stage, artifact_key, command, shown
 
 
 @task(cache_policy=NO_CACHE)
@@ -47,13 +47,14 @@ def prepare(dataset: str) -> None:
     stage.spans.append((begun, time.time()))
     meta = json.loads((stage.pack / "meta.json").read_text())
     counts = "\n".join(f"| {split} | {count} |" for split, count in meta["counts"].items())
-    create_markdown_artifact(
+    text = (
         f"**{dataset}** (md5 {meta['md5']}), {meta['size'][0]} x {meta['size'][1]} px, {meta['channels']} channels, "
         f"{len(meta['classes'])} classes, {len(meta['quarantined'])} files quarantined, "
         f"{sum(meta['left_out'].values())} boxes cut away by fitting to this size"
-        f"\n\n| split | images |\n|---|---|\n{counts}",
-        key=artifact_key("pack", dataset),
+        f"\n\n| split | images |\n|---|---|\n{counts}"
     )
+    with shown():
+        create_markdown_artifact(text, key=artifact_key("pack", dataset))
     stage.close()
 
 

@@ -50,8 +50,8 @@ def register_model(
 ) -> str:
     """Register a downstream row's model, let it compete, and give what came out.
 
-    `tags` tell of it: `row`, `task`, `data`, `metric`, `test_score` and more. `lock` is a file that holds other
-    processes of this machine back while the champion is decided.
+    `tags` tell of it: `row`, `task`, `data`, `metric`, `test_score` and more; the pack's digests are added where they
+    are not among them. `lock` is a file that holds other processes of this machine back while the champion is decided.
     """
     import pandas as pd  # type: ignore[import-untyped]
 
@@ -66,7 +66,7 @@ def register_model(
     answers = [inference.plain(answer) for answer in model.answer([model.reader(example)])]
     signature = ModelSignature(Schema([ColSpec("binary", "image")]), _outputs(answers))
     logged = _log(run, "model", weights, signature, pd.DataFrame({"image": [example]}))
-    tags, comparison = {**tags, **pack_digests(pack)}, f"{tags['data']}.{tags['task']}"
+    tags, comparison = {**pack_digests(pack), **tags}, f"{tags['data']}.{tags['task']}"
     _version(client, _name(client, tags["row"], "model"), run, logged, tags)
     said = f"Models of the task {tags['task']} on {tags['data']}; @{CHAMPION} is the best on the same test images."
     _made(client, comparison, "comparison", said)

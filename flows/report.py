@@ -16,7 +16,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows import data, page, servers, workspace
-from flows.stage import note_time, picture_address
+from flows.stage import note_time, outliving_prefect, picture_address, shown
 
 
 @task(cache_policy=NO_CACHE)
@@ -45,9 +45,10 @@ def show(folder: Path, said: dict[str, Any]) -> None:
             record.file(record.parent, path)
     record.end(record.parent)
     shutil.rmtree(state, ignore_errors=True)
-    create_markdown_artifact(f"{said['headline']}\n\n{(folder / 'table.md').read_text()}", key="table")
-    create_markdown_artifact((folder / "family.md").read_text(), key="family")
-    create_image_artifact(image_url=picture_address(folder / "accuracy.png"), key="accuracy")
+    with shown():
+        create_markdown_artifact(f"{said['headline']}\n\n{(folder / 'table.md').read_text()}", key="table")
+        create_markdown_artifact((folder / "family.md").read_text(), key="family")
+        create_image_artifact(image_url=picture_address(folder / "accuracy.png"), key="accuracy")
 
 
 @flow(name="report", flow_run_name="report")
@@ -64,7 +65,8 @@ def report() -> dict[str, Any]:
 
 def main() -> None:
     try:
-        report()
+        with outliving_prefect("report"):
+            report()
     except workspace.UserError as error:
         sys.exit(f"report cannot be built:\n{error}")
 

@@ -27,7 +27,7 @@ from flows import figures_search, rows, searches, warm, workspace
 from flows.downstream import check_labels
 from flows.points import Laboratory, Measured, each
 from flows.spaces import Row, Space, tokenizers
-from flows.stage import Stage, artifact_key, command, picture_address, published
+from flows.stage import Stage, artifact_key, command, picture_address, published, shown
 from flows.study import COMPLETE, DEFAULT, FAIL, HOUR, PRUNED, Course, Ongoing
 from flows.workers import JobDiedError, StoppedError, Watch, Workers, cores, slots
 from mim_core.files import read_curve, write_atomically
@@ -89,7 +89,6 @@ def attempt(bench: Bench, one: Ongoing) -> None:
         row = bench.course.space.row(one.settings)
         tags = {"trial": str(one.trial.number), "origin": one.origin}
         curve = bench.child(f"trial {one.place}", row, bench.stage.params["seed"], one.settings, tags)
-        one.keep(mlflow_run_id=curve.run)
         for turn in range(TRIES):
             try:
                 _measure(bench, one, row, curve)
@@ -119,7 +118,7 @@ def _measure(bench: Bench, one: Ongoing, row: Row, curve: Any) -> None:
 
         def watch(lines: Lines) -> bool:
             if lines:
-                one.keep(**{f"ran_{part}": True})
+                one.keep(**{f"ran_{part}": True, "mlflow_run_id": bench.record.known(curve.run, seconds=0)})
                 one.seconds[part] = clock.read(lines)
                 course.follow(one, lines)
                 add(lines)
@@ -166,7 +165,7 @@ def _close(bench: Bench, one: Ongoing, curve: Any, state: str, status: str = "FI
     best = course.best() if course.trials(COMPLETE) else None
     if curve:
         curve.flush()
-        record.attempt(lambda: record.client.set_tag(curve.run, "state", state))
+        record.tag(curve.run, "state", state)
         record.end(curve.run, status)
     if state == "complete" and best:
         record.metrics(record.parent, {"score": trial.value, "best_score": best.value}, one.place)
@@ -271,6 +270,7 @@ def publish(bench: Bench, finals: Mapping[str, Mapping[str, Any]], told: Mapping
             for arm, runs in finals.items()
         },
     }
+    said = bench.record.known(said)
     # Not sorted: settings and rows keep the order of their files, which tables follow.
     write_atomically(folder / "results.json", json.dumps(said, indent=1) + "\n")
     found = searches.of(said, None, folder)
@@ -294,7 +294,10 @@ def publish(bench: Bench, finals: Mapping[str, Mapping[str, Any]], told: Mapping
         images_seen=images + sum(run["images_seen"] for runs in finals.values() for run in runs.values()),
         compute=one["compute"],
         metrics=metrics,
-        runs={"mlflow_run_id": bench.record.parent, "prefect_flow_run_id": str(runtime.flow_run.id)},
+        runs={
+            "mlflow_run_id": bench.record.known(bench.record.parent),
+            "prefect_flow_run_id": str(runtime.flow_run.id),
+        },
     )
     return found
 
@@ -307,17 +310,21 @@ def show(bench: Bench, found: searches.Search) -> None:
     for path in sorted(found.folder.iterdir()):
         if path.is_file():
             record.file(record.parent, path)
-    record.attempt(lambda: record.client.set_tag(record.parent, "search", found.name))
+    record.tag(record.parent, "search", found.name)
     record.end(record.parent)
     header, lines = searches.terminal(found)
     table = [dict(zip(header, line, strict=True)) for line in lines]
-    create_table_artifact(table, key=artifact_key("search", found.name), description=searches.headline(found))
     trials = [
         {"trial": one["number"], "state": one["state"], "score": one["score"], **one["settings"]} for one in found.tried
     ]
-    create_table_artifact(trials, key=artifact_key("search-trials", found.name), description=f"Trials of {found.name}")
     picture = picture_address(found.folder / "figure.png")
-    create_image_artifact(picture, key=artifact_key("search-figure", found.name), description=searches.counted(found))
+    with shown():
+        key = artifact_key("search", found.name)
+        create_table_artifact(table, key=key, description=searches.headline(found))
+        key = artifact_key("search-trials", found.name)
+        create_table_artifact(trials, key=key, description=f"Trials of {found.name}")
+        key = artifact_key("search-figure", found.name)
+        create_image_artifact(picture, key=key, description=searches.counted(found))
 
 
 @flow(name="search", flow_run_name="search {name}", task_runner=ThreadPoolTaskRunner(max_workers=slots()))  # type: ignore[arg-type]

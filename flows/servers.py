@@ -41,11 +41,13 @@ def settings() -> dict[str, str]:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(START_SECONDS),
         # Its pages have the logs; what a person has to read at the terminal, our commands say.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        # The default of 5 tries takes minutes at the end of a flow whose server has died.
+        "PREFECT_CLIENT_MAX_RETRIES": "3",
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        # The default of 7 tries blocks for four minutes where a server has died.
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        # A try again of what was only slow could do it twice: `flows.sender` tries again in a way that cannot.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         # Its job runners take 2 GB and serve nothing that is used here.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

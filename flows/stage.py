@@ -10,6 +10,7 @@ import json
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ import psutil
 from flows import data, janitor, rows, workspace
 from flows.workers import JobDiedError, Span, StoppedError
 from mim_core.files import read_curve, write_atomically
+
+_over = threading.Event()
+"""This process's stage has come to its end."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class Stage:
         folder = workspace.run_folder(kind, self.row)
         folder.mkdir(parents=True, exist_ok=True)
         for name in products:
+            (folder / name).unlink(missing_ok=True)  # what still goes to MLflow may be a link to it
             shutil.copyfile(job / name, folder / name)
         return folder
 
@@ -127,7 +132,7 @@ class Stage:
 
 
 def note_time(stage: str, spans: list[Span]) -> None:
-    """Note a stage's time: the whole process's, and the work's, which is when at least one job ran."""
+    """Note a stage's time at its end: the whole process's, and the work's, which is when at least one job ran."""
     work, until = 0.0, 0.0
     for begun, ended in sorted(spans):
         work += max(0.0, ended - max(begun, until))
@@ -136,6 +141,7 @@ def note_time(stage: str, spans: list[Span]) -> None:
     line = {"stage": stage, "ended": now, "wall": now - psutil.Process().create_time(), "work": work}
     with (workspace.home() / "timings.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
+    _over.set()
 
 
 def write_curves(target: Path, curves: Mapping[tuple[Any, ...], Path], names: tuple[str, ...]) -> None:
@@ -186,9 +192,52 @@ def command(name: str, check: Callable[[str], object], run: Callable[[str], obje
     with interruptible(f"{name} {sys.argv[1]}"):
         try:
             check(sys.argv[1])
-            run(sys.argv[1])
+            with outliving_prefect(f"{name} {sys.argv[1]}"):
+                run(sys.argv[1])
         except workspace.UserError as error:
             raise SystemExit(f"{name} {sys.argv[1]} cannot run:\n{error}") from None
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Show something on Prefect's pages; where its server does not answer this is left out, as they are only a view."""
+    from httpx import HTTPError
+
+    try:
+        yield
+    except HTTPError as error:
+        print(f"Prefect's page of this run is not complete: {error}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def outliving_prefect(what: str) -> Iterator[None]:
+    """Run a flow whose Prefect server may die: its work is done all the same, and only the end of its run is not told.
+
+    Where it could not do its work without, the process ends with a message and exit code 75.
+    """
+    from httpx import HTTPError
+
+    try:
+        yield
+    except (HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error.__cause__, HTTPError):  # it says so at the start
+            raise
+        janitor.leave("completed" if _over.is_set() else "flow_run")
+        if _over.is_set():
+            print(f"{what}: done; the next run tells Prefect's server, which does not answer: {error}", file=sys.stderr)
+            return
+        # What the flow ended with, before it could not say so.
+        own: BaseException | None = error
+        while own and not isinstance(own, (workspace.UserError, StoppedError, InterruptError, KeyboardInterrupt)):
+            own = own.__context__
+        if own:
+            raise own from None
+        print(
+            f"{what}: Prefect's server does not answer: {error}\nwhat was trained is kept; start the server again "
+            "(`unmask up`), and the same command goes on from there",
+            file=sys.stderr,
+        )
+        sys.exit(75)
 
 
 class InterruptError(BaseException):

@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import workspace
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, died, picture_address, write_curves
+from flows.stage import Stage, artifact_key, died, picture_address, shown, write_curves
 from flows.workers import Workers, cores
 
 
@@ -71,7 +71,7 @@ def publish(stage: Stage, training: Training, record: Any, job: Path, result: di
         images_seen=result["images_seen"],
         compute=result["compute"],
         metrics=metrics,
-        runs={"mlflow_run_id": record.parent, "prefect_flow_run_id": str(runtime.flow_run.id)},
+        runs={"mlflow_run_id": record.known(record.parent), "prefect_flow_run_id": str(runtime.flow_run.id)},
     )
     return folder
 
@@ -85,12 +85,13 @@ def show(stage: Stage, training: Training, record: Any, folder: Path, result: di
     if training.registered:
         record.register(stage.row, folder / training.registered, result["about"])
     record.end(record.parent)
-    for name, said in training.pictures.items():
-        key = artifact_key(f"{training.artifacts}{Path(name).stem}", stage.row)
-        create_image_artifact(image_url=picture_address(folder / name), key=key, description=f"{said}: {stage.row}")
-    lines = "\n".join(f"| {key} | {result[key]:,.4g} |" for key in training.metrics if key in result)
-    key = artifact_key(f"{training.artifacts}result", stage.row)
-    create_markdown_artifact(f"**{stage.row}**\n\n| | |\n|---|---|\n{lines}", key=key)
+    with shown():
+        for name, said in training.pictures.items():
+            key = artifact_key(f"{training.artifacts}{Path(name).stem}", stage.row)
+            create_image_artifact(image_url=picture_address(folder / name), key=key, description=f"{said}: {stage.row}")
+        lines = "\n".join(f"| {key} | {result[key]:,.4g} |" for key in training.metrics if key in result)
+        key = artifact_key(f"{training.artifacts}result", stage.row)
+        create_markdown_artifact(f"**{stage.row}**\n\n| | |\n|---|---|\n{lines}", key=key)
 
 
 def run(stage: Stage, training: Training, **wiring: Any) -> None:

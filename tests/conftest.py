@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -311,6 +313,47 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Line:
+    """A way to a server's port that can be cut, as the server's death would."""
+
+    def __init__(self, port: int) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port, self.sockets = int(self.listener.getsockname()[1]), [self.listener]
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # cut
+                while True:
+                    near, _ = self.listener.accept()
+                    far = socket.create_connection(("127.0.0.1", port))
+                    self.sockets += [near, far]
+                    for one, other in ((near, far), (far, near)):
+                        threading.Thread(target=pass_on, args=(one, other), daemon=True).start()
+
+        def pass_on(one: socket.socket, other: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := one.recv(1 << 16):
+                    other.sendall(data)
+                other.shutdown(socket.SHUT_WR)
+
+        threading.Thread(target=accept, daemon=True).start()
+
+    def cut(self) -> None:
+        for one in self.sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+def recorded(clone: Clone, folder: Path) -> str:
+    """MLflow's id of the run that a job's folder, or its stage's, names."""
+    from mlflow.tracking import MlflowClient
+
+    name = json.loads((folder / "mlflow.json").read_text())["run"]
+    client = MlflowClient(f"http://127.0.0.1:{clone.environment['UNMASK_MLFLOW_PORT']}")
+    (run,) = client.search_runs(["1"], f"tags.`unmask.id` = '{name}'")
+    return str(run.info.run_id)
 
 
 def prefect(clone: Clone, path: str, body: dict[str, Any]) -> Any:

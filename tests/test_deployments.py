@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, Clone, make_clone, prefect
+from conftest import ROOT, Clone, make_clone, prefect, recorded
 from mlflow.tracking import MlflowClient
 
 from mim_core import checkpoint
@@ -111,7 +111,7 @@ def test_a_cancelled_pretraining_has_a_checkpoint_and_a_retry_goes_on_from_it(de
     run = submit(deployed, "pretrain", row="simmim_vit")
     folder = cancel_in_training(deployed, run)
     client = MlflowClient(f"http://127.0.0.1:{deployed.environment['UNMASK_MLFLOW_PORT']}")
-    parent = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    parent = recorded(deployed, folder)
     assert client.get_run(parent).info.status == "KILLED"
 
     # As the page's button does.

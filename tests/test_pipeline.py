@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Clone, make_clone, prefect
+from conftest import Clone, Line, make_clone, prefect
 from mlflow.tracking import MlflowClient
 
 from flows import workspace
@@ -309,7 +309,7 @@ def test_a_killed_training_resumes_to_the_same_weights_and_the_same_run(
     time.sleep(random.uniform(0, 1.5))
     folder = found[0].parents[1]
     worker = int((folder / "worker.pid").read_text())
-    run_before = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    name = json.loads((folder / "mlflow.json").read_text())["run"]
     os.kill(worker if victim == "worker" else process.pid, signal.SIGKILL)
     process.communicate(timeout=600)
     if victim == "flow":
@@ -321,12 +321,41 @@ def test_a_killed_training_resumes_to_the_same_weights_and_the_same_run(
     for name in ("encoder.safetensors", "model.safetensors"):
         assert (published / name).read_bytes() == (undisturbed / name).read_bytes()
     client = mlflow_client(served)
-    run = client.get_run(run_before)
+    (run,) = client.search_runs(["1"], f"tags.`unmask.id` = '{name}'")
     assert run.info.status == "FINISHED"
-    points = [point.step for point in client.get_metric_history(run_before, "loss")]
+    points = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
     assert len(points) == len(set(points))
     assert max(points) == 320
     assert run.data.tags["mlflow.parentRunId"] == manifest(clone, "pretrain", "simmim_vit")["mlflow_run_id"]
+
+
+def test_a_prefect_server_that_dies_costs_no_training_and_is_told_of_the_end_later(
+    clone: Clone, served: Clone, undisturbed: Path
+) -> None:
+    lengthen(clone, served)
+    there = clone.environment["PREFECT_API_URL"]
+    line = Line(int(served.environment["UNMASK_PREFECT_PORT"]))
+    clone.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{line.port}/api"
+    process = clone.start(*LONGER)
+    jobs, end = clone.folder / ".unmask" / "jobs", time.monotonic() + 300
+    while not list(jobs.glob("pretrain-simmim_vit-*/seed_0/checkpoints/step_*")):
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    line.cut()
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "done; the next run tells Prefect's server, which does not answer" in output
+    assert "Traceback" not in output
+    published = clone.folder / "runs" / "pretrain" / "simmim_vit"
+    assert (published / "encoder.safetensors").read_bytes() == (undisturbed / "encoder.safetensors").read_bytes()
+
+    said = manifest(clone, "pretrain", "simmim_vit")
+    assert mlflow_client(served).get_run(said["mlflow_run_id"]).info.status == "FINISHED"
+    clone.environment["PREFECT_API_URL"] = there
+    clone.run(sys.executable, "-m", "flows.prepare", "scenes")
+    (run,) = prefect(served, "/flow_runs/filter", {"flow_runs": {"id": {"any_": [said["prefect_flow_run_id"]]}}})
+    assert run["state"]["type"] == "COMPLETED"
 
 
 def test_a_stage_runs_and_is_recorded_with_no_server_up(clone: Clone, served: Clone) -> None:
