@@ -1,7 +1,7 @@
 """Prefect's server behind a guard: `python -m flows.prefect_server PORT`.
 
-A page of a foreign site, open in the user's browser, reaches servers on 127.0.0.1 too: by a request across origins, by a
-WebSocket, which no browser holds back, or under a name of its own that it has led to 127.0.0.1 (DNS rebinding). Prefect
+A page of a foreign site, open in the user's browser, reaches servers on 127.0.0.1 too: by a request across origins, by
+a WebSocket, which no browser holds back, or under a name of its own that it has led here (DNS rebinding). Prefect
 answers all of them, and what it is told to run, its workers run. So the guard refuses every request whose Host or
 Origin is not on this machine, as MLflow's server does. Ports are free, so that a tunnel to another machine works.
 """

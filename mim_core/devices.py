@@ -57,6 +57,12 @@ def _cpu_multiplies_bf16() -> bool:
     return any(probe() for probe in probes if probe)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory, or the machine's, is full."""
+    said = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 def describe(compute: Compute) -> dict[str, Any]:
     """Say for the manifest what a run computed on."""
     cuda = compute.device.type == "cuda"

@@ -112,14 +112,17 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-_Positive = typing.Annotated[int, Field(gt=0)]
+_Side = typing.Annotated[int, Field(gt=0, le=2**15)]
 
-Pair = typing.Annotated[tuple[_Positive, _Positive], BeforeValidator(pair)]
+Pair = typing.Annotated[tuple[_Side, _Side], BeforeValidator(pair)]
 """(height, width) in px; one number stands for a square."""
 
+Depth = typing.Annotated[int, Field(gt=0, le=1000)]
+"""A number of blocks or layers: a row that asks for a million of them is checked by building them."""
+
 Counts = typing.Annotated[
-    tuple[_Positive, ...],
-    Field(min_length=1),
+    tuple[Depth, ...],
+    Field(min_length=1, max_length=32),
     BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
 ]
 """A positive number for each stage, which YAML writes as a list."""

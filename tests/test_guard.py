@@ -23,8 +23,10 @@ from flows.prefect_server import Guard, allowed
 
 FOREIGN = ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example:{port}", "localhost.evil.example", ""]
 """Hosts under which a foreign site's name could lead here."""
-ORIGINS = ["https://evil.example", "http://evil.example:{port}", "http://127.0.0.1.evil.example:{port}", "null",
-           "http://127.0.0.1:{port}@evil.example", "http://evil@127.0.0.1:{port}", "https://127.0.0.1:{port}"]  # fmt: skip
+ORIGINS = [
+    "https://evil.example", "http://evil.example:{port}", "http://127.0.0.1.evil.example:{port}", "null",
+    "http://127.0.0.1:{port}@evil.example", "http://evil@127.0.0.1:{port}", "https://127.0.0.1:{port}",
+]  # fmt: skip
 API = "/api/flows/filter"
 
 

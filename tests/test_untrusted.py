@@ -124,7 +124,9 @@ def test_headers_of_weights_are_not_believed(tmp_path: Path, name: str) -> None:
     for read in (checkpoint.read_weights, *(() if name in OURS else (read_state,))):
         with pytest.raises(ValueError, match=r"a\.safetensors: not a readable safetensors file \(.+\); "):
             read(file)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (2**20 if sys.platform == "darwin" else 2**10)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
     assert time.monotonic() - begun < 30
     assert grown < 700, f"{grown:.0f} MiB"  # the file itself, read twice at most
 
@@ -164,7 +166,7 @@ def merges(depth: int) -> str:
 
 
 YAML: dict[str, tuple[str | Callable[[Path], str], str]] = {
-    "a call": (lambda made: f"data: !!python/object/apply:os.mkdir ['{made}']", "the tag 'tag:yaml.org,2002:python/obj"),
+    "a call": (lambda made: f"data: !!python/object/apply:os.mkdir ['{made}']", "the tag 'tag:yaml.org,2002:python"),
     "an object": ("data: !!python/object:pathlib.Path {}", "asks for an object; rows hold text, numbers, lists and"),
     "a new object": (lambda made: f"data: {{a: !!python/object/new:os.mkdir ['{made}']}}", "asks for an object; rows"),
     "a name": ("data: {a: !!python/name:os.system ''}", "asks for an object; rows hold"),
@@ -216,7 +218,9 @@ def test_names_of_rows_cannot_leave_their_folder(tmp_path: Path, name: Any) -> N
 
 def test_the_longest_name_is_a_name(tmp_path: Path) -> None:
     folder = written(tmp_path)
-    rows = {"pretrain_fitted": {"two": yaml.safe_load((folder / "pretrain.yaml").read_text())["pretrain_fitted"]["two"]}}
+    rows = {
+        "pretrain_fitted": {"two": yaml.safe_load((folder / "pretrain.yaml").read_text())["pretrain_fitted"]["two"]}
+    }
     rows["pretrain"] = {"one": PRETRAIN, (ROW_NAME * 3)[:100]: PRETRAIN}
     (folder / "pretrain.yaml").write_text(yaml.safe_dump(rows))
     assert len(load(folder).pretrain) == 2

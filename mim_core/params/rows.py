@@ -36,8 +36,8 @@ class FineTune(Strict):
     """An optimiser under warm-up and a schedule; the rate comes from a grid."""
 
     batch: Whole
-    epochs: Positive
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)]
+    warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     warmup_from: Share = 0.0
     """The first learning rate as a share of the peak."""
     schedule: Annotated[Piece, OneOf(SCHEDULES), Field(validate_default=True)] = "cosine"  # type: ignore[assignment]
