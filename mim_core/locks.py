@@ -1,8 +1,8 @@
 """Locks between processes: files that one holds at a time, with a note of which process, on which host, since when.
 
 The system lets go of a lock when its holder ends, however it ends. So a note that is left is of a process that died,
-and is passed over, where it was made under this kernel or this host's name. One of another host may be of a machine that
-works here still, over a network file system that keeps no locks between machines: it stands until it is deleted.
+and is passed over, where it was made under this kernel or this host's name. One of another host may be of a machine
+that works here still, over a network file system that keeps no locks between machines: it stands until it is deleted.
 """
 
 from __future__ import annotations

@@ -370,7 +370,7 @@ def test_two_processes_do_not_work_in_one_folder(
     send(servers[0], job("pretrain", pack, tmp_path, optim={**OPTIM, "epochs": 2000}))
     wait_for_step(tmp_path, 1)
     monkeypatch.setattr("mim_core.jobs.STOP_SECONDS", 0.1)
-    with pytest.raises(HeldError, match="this job: process [0-9]+ on host .* has it since"):
+    with pytest.raises(HeldError, match=r"this job: process [0-9]+ on host .* has it since"):
         perform(job("pretrain", pack, tmp_path))
     send(servers[0], {"stop": True})
     assert answer(servers[0])["stopped"] > 0

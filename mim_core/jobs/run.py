@@ -157,7 +157,9 @@ class Run:
         # Halving the batch here would not be the same training: losses are means over what a whole batch hides, and
         # batch norms, mixing and critics see the batch at once. So it is the row's to say.
         first = (said.strip().splitlines() or ["full"])[0]
-        mend = "set precision: bf16 where the device has it, or take a smaller encoder, larger patches or a smaller size_px"
+        mend = (
+            "set precision: bf16 where the device has it, or take a smaller encoder, larger patches or smaller images"
+        )
         if self.judging:
             found = "an evaluation"
         else:

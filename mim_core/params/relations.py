@@ -6,14 +6,13 @@ Models are built on torch's meta device: in milliseconds, without memory or data
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from mim_core.adversarial import Critic
-from mim_core.devices import Compute
+from mim_core.devices import Compute, unreal
 from mim_core.encoders import ENCODERS
 from mim_core.losses import CLASS_LOSSES
 from mim_core.masks import MASKS, generator
@@ -42,17 +41,6 @@ STARTS = {
     "downstream": "a downstream row begins from a pretrain row",
     "continued": "a continued row begins from another row of this file",
 }
-
-
-@contextmanager
-def _unreal() -> Iterator[None]:
-    """Build where nothing takes memory; raises ValueError where no tensor can have such a size."""
-    try:
-        with torch.device("meta"):
-            yield
-    except (OverflowError, RuntimeError, MemoryError, TypeError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"found sizes that no tensor can have ({said}); take smaller ones") from None
 
 
 def relations(params: Params, places: Mapping[str, str]) -> list[str]:
@@ -105,7 +93,7 @@ def size_of(params: Params, data: str) -> tuple[int, int]:
 def _fitting(row: TargetRow, size: tuple[int, int] | None) -> Iterator[str]:
     """Check a tokenizer's row."""
     try:
-        with _unreal():
+        with unreal():
             tokenizer = build(TOKENIZERS, row.tokenizer, CHANNELS)
     except ValueError as error:
         yield f"tokenizer: {error}"
@@ -144,7 +132,7 @@ def fits(row: PretrainRow, size: tuple[int, int], params: Params) -> list[str]:
         return faults
     neutral = (0.5,) * CHANNELS
     try:
-        with _unreal():
+        with unreal():
             tokenizer = build(TOKENIZERS, params.targets[row.fitted].tokenizer, CHANNELS) if row.fitted else None
             model, target = assemble(row, size, CHANNELS, neutral, neutral, tokenizer)
     except ValueError as error:
@@ -281,7 +269,7 @@ def _task(row: DownstreamRow, piece: Piece, size: tuple[int, int]) -> Any:
     """Build a row's task for classes that nobody knows yet, where it takes no memory; raises ValueError."""
     neutral = (0.5,) * CHANNELS
     facts = Facts(size, CHANNELS, neutral, neutral, NEUTRAL_CLASSES, NEUTRAL_CLASSES, ())
-    with _unreal():
+    with unreal():
         encoder = build(ENCODERS, piece, sight(row.task, size), CHANNELS)
         return build(TASKS, row.task, encoder, facts, Compute(torch.device("meta"), False))
 
@@ -306,13 +294,13 @@ def sizes(params: Params) -> dict[str, dict[str, int]]:
     """
     found: dict[str, dict[str, int]] = {}
     for name, target in params.targets.items():
-        with _unreal():
+        with unreal():
             found[f"targets.{name}"] = _bytes(build(TOKENIZERS, target.tokenizer, CHANNELS), target.optim)
     neutral = (0.5,) * CHANNELS
     for section in ("pretrain_fitted", "pretrain"):
         for name, row in getattr(params, section).items():
             size = size_of(params, row.data)
-            with _unreal():
+            with unreal():
                 tokenizer = build(TOKENIZERS, params.targets[row.fitted].tokenizer, CHANNELS) if row.fitted else None
                 model, target = assemble(row, size, CHANNELS, neutral, neutral, tokenizer)
                 # At most: of a hole the critic is as large as the hole, which the masks tell.
@@ -338,7 +326,7 @@ def _bytes(model: torch.nn.Module, optim: FineTune | None, critic: torch.nn.Modu
 
 def _fault_of(encoder: Piece, size: tuple[int, int], where: str) -> list[str]:
     try:
-        with _unreal():
+        with unreal():
             build(ENCODERS, encoder, size, CHANNELS)
     except ValueError as error:
         return [f"{where}: {error}"]
