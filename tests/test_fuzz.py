@@ -242,8 +242,8 @@ def fuzz_row(tmp_path: Path, name: str, count: int) -> None:
 
 
 ODD = [
-    "&a ", "*a", "<<: *a", "!!python/name:os.system ''", "!x ", "? ", "- ", ": ", "{", "}", "[", "]", "|\n", ">", "#", "~",
-    "%YAML 9.9\n", "---\n", "...\n", "\t", "'", '"', "@", "`", "0o7", "0x", "1:30:99", "2024-99-99", "=",
+    "&a ", "*a", "<<: *a", "!!python/name:os.system ''", "!x ", "? ", "- ", ": ", "{", "}", "[", "]", "|\n", ">", "#",
+    "~", "%YAML 9.9\n", "---\n", "...\n", "\t", "'", '"', "@", "`", "0o7", "0x", "1:30:99", "2024-99-99", "=",
 ]  # fmt: skip
 
 
@@ -446,8 +446,8 @@ def test_images_in_thousands(tmp_path: Path, name: str) -> None:
 
 ARCHIVES = (".zip", ".tar", ".tar.gz")
 NAMES = [
-    "a.png", "b/c.png", "../x", "../../x", "/tmp/unmask-x", "a/../../x", "b/..", "..", ".", "", "/", "a\\..\\x", "C:\\x",
-    "b", "a.png/x", "x" * 300, "\u00e9", "a\0b", ".hidden", "b/.git/x", "./a.png", "a//b",
+    "a.png", "b/c.png", "../x", "../../x", "/tmp/unmask-x", "a/../../x", "b/..", "..", ".", "", "/", "a\\..\\x",
+    "C:\\x", "b", "a.png/x", "x" * 300, "\u00e9", "a\0b", ".hidden", "b/.git/x", "./a.png", "a//b",
 ]  # fmt: skip
 
 
