@@ -324,7 +324,6 @@ def search(name: str) -> None:
     (judge,) = rows.judges("search", name).values()
     key = study_key(stage, judge)
     state = workspace.home() / "optuna" / f"{name}-{key[:12]}"
-    state.mkdir(parents=True, exist_ok=True)
     with stage.alone(state / "lock"):
         count = slots()
         workers = Workers(count, max(1, cores() // count), f"search-{name}", stage.spans)

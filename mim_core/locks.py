@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,7 +65,7 @@ def _take(path: Path) -> IO[str] | dict[str, Any] | None:
 def _told(path: Path, note: dict[str, Any] | None) -> str:
     """Say who holds a lock."""
     if note is None:
-        with path.open() as file:
+        with suppress(FileNotFoundError), path.open() as file:
             note = _note(file)
         if note is None:  # it has just been taken, or let go
             return "another process has it; wait for its end, or stop it"
@@ -92,10 +92,11 @@ def _note(file: IO[str]) -> dict[str, Any] | None:
 
 
 def _write(file: IO[str], text: str) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(text)
-    file.flush()
+    with suppress(OSError):  # a full disk: the lock holds without its note
+        file.seek(0)
+        file.truncate()
+        file.write(text)
+        file.flush()
 
 
 def _boot() -> str:

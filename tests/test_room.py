@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import SMALL
-from core_pieces import OPTIM, classify_row, pretrain_row, target_row, tiny_pack
+from core_pieces import CLASSIFY, OPTIM, PRETRAIN, TARGET, classify_row, pretrain_row, target_row, tiny_pack
 
 from flows import doctor, room, rows, workspace
 from mim_core import checkpoint
@@ -54,12 +54,10 @@ def params(folder: Path, **sections: Any) -> Any:
 def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     """Within a tenth, or the headers of files: of adamw, without and with an average, and of a tokenizer."""
     pack = tiny_pack(tmp_path / "pack", size=(32, 32))
-    data = {"data": "scenes"}
-    short = {**OPTIM, "epochs": 0.5}
-    one = {**pretrain_row(optim=short).model_dump(mode="json", exclude_none=True, exclude_defaults=True), **data}
-    codes = {**target_row(optim=short).model_dump(mode="json", exclude_none=True, exclude_defaults=True), **data}
+    short, scenes = {**OPTIM, "epochs": 0.5}, {"data": "scenes"}
     tune = {key: value for key, value in short.items() if key != "lr"} | {"ema": 0.9}
-    fresh = {**classify_row(optim=tune).model_dump(mode="json", exclude_none=True, exclude_defaults=True), **data}
+    one, codes = {**PRETRAIN, **scenes, "optim": short}, {**TARGET, **scenes, "optim": short}
+    fresh = {**CLASSIFY, **scenes, "optim": tune}
     told = sizes(params(tmp_path, pretrain={"one": one}, targets={"mine": codes}, baselines={"fresh": fresh}))
     pretrain(pretrain_row(optim=short), pack, tmp_path / "one", seed=0)
     fit_target(target_row(optim=short), pack, tmp_path / "mine", seed=0)

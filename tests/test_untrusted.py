@@ -9,6 +9,7 @@ import resource
 import struct
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from core_pieces import PRETRAIN, python
+from core_pieces import ENCODER, PRETRAIN, python
 from safetensors.torch import save, save_file
 from test_params import faults, written
 
 from mim_core import checkpoint
+from mim_core.encoders import ENCODERS
 from mim_core.jobs import pretrain
+from mim_core.jobs.downstream import begin
 from mim_core.jobs.pretrain import load_tokenizer
-from mim_core.params import ROW_NAME, load
+from mim_core.params import ROW_NAME, EncoderOf, load
 from mim_core.published import read_state
+from mim_core.spec import build, check
 
 
 class Payload:
@@ -149,6 +153,39 @@ def test_a_tokenizer_that_says_it_is_something_else_is_refused_before_it_takes_m
     with pytest.raises(ValueError, match=r"tokenizer\.safetensors"):
         load_tokenizer(file, 3)
     assert time.monotonic() - begun < 10
+
+
+def test_weights_that_stand_for_more_than_is_stored_are_refused(tmp_path: Path) -> None:
+    """A number shown a million million times, and a record of zeros that is a thousand times as long as its file."""
+    view, packed = tmp_path / "view.pth", tmp_path / "packed.pth"
+    torch.save({"w": torch.ones(1).expand(2**40)}, view)
+    with pytest.raises(ValueError, match=r"view\.pth: w of shape \[1099511627776\] is larger than what the file holds"):
+        read_state(view)
+    torch.save({"w": torch.zeros(2**20)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for name in plain.namelist():
+            other.writestr(name, plain.read(name))
+    assert packed.stat().st_size < 2**16
+    with pytest.raises(ValueError, match=r"packed\.pth: found .* compressed; torch\.save compresses nothing"):
+        read_state(packed)
+
+
+@pytest.mark.parametrize("changes", [
+    {"encoder": {"name": "vit", "width": 10**9, "heads": 1}}, {"encoder": {"name": "vit", "depth": 10**9}},
+    {"encoder": "swin"}, {"encoder": 3}, {"size": [10**9, 10**9]}, {"size": "x"}, {"size": None}, {"mean": 3},
+    {"std": [None]}, {"channels": 10**9}, {"channels": "3"},
+], ids=str)  # fmt: skip
+def test_an_encoder_whose_header_lies_is_refused_before_it_takes_memory(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    file, piece = tmp_path / "encoder.safetensors", check(EncoderOf, {"encoder": ENCODER}, "row").encoder
+    about = {"encoder": ENCODER, "size": [16, 16], "channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+    state = build(ENCODERS, piece, (16, 16), 3).state_dict()
+    checkpoint.write_weights(file, state, about)
+    assert begin(file).size == (16, 16)
+    checkpoint.write_weights(file, state, {**about, **changes})
+    with pytest.raises(ValueError, match=r"encoder\.safetensors"):
+        begin(file)
 
 
 def bomb(depth: int) -> str:

@@ -317,7 +317,8 @@ def sizes(params: Params) -> dict[str, dict[str, int]]:
 def _bytes(model: torch.nn.Module, optim: FineTune | None, critic: torch.nn.Module | None = None) -> dict[str, int]:
     """Bytes of a model's weights and of a checkpoint: what is trained has its optimiser's state, and an average."""
     players = [one for one in (model, critic) if one is not None]
-    held = sum(tensor.nbytes for one in players for tensor in one.state_dict().values())
+    frozen = sum(p.nbytes for one in players for p in one.parameters() if not p.requires_grad)
+    held = sum(tensor.nbytes for one in players for tensor in one.state_dict().values()) - frozen
     trained = sum(p.nbytes for one in players for p in one.parameters() if p.requires_grad)
     copies = ((2 if optim.optimiser.name == "adamw" else 1) + (optim.ema is not None)) if optim else 0
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -134,14 +134,8 @@ def _tensors(found: Any, prefix: str, above: frozenset[int]) -> Iterator[tuple[s
 
 
 def _unpickle(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            # torch.save compresses nothing, and what is compressed may be without end.
-            packed = [entry.filename for entry in archive.infolist() if entry.file_size > entry.compress_size]
-        if packed:
-            raise ValueError(
-                f"{path}: found {packed[0]} compressed; torch.save compresses nothing; fetch the file again"
-            )
+    if packed := _packed(path):
+        raise ValueError(f"{path}: found {packed} compressed; torch.save compresses nothing; fetch the file again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -157,6 +151,16 @@ def _unpickle(path: Path) -> Any:
                 f"wrote (torch itself: {str(refused).splitlines()[0] if str(refused) else refused!r}); fetch it again, "
                 "or save the model's state_dict() anew"
             ) from None
+
+
+def _packed(path: Path) -> str:
+    """Name a record of a zip file that is compressed, and so may be without end; empty where there is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [entry.filename for entry in archive.infolist() if entry.file_size > entry.compress_size]
+    except Exception:  # no zip file, or a broken one, which is told where it is read
+        return ""
+    return found[0] if found else ""
 
 
 class _Unpickler(pickle.Unpickler):
