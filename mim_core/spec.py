@@ -30,6 +30,10 @@ Table = Mapping[str, Callable[..., Any]]
 Model = typing.TypeVar("Model", bound=BaseModel)
 
 
+SHOWN = 200
+"""Characters of a wrong value that a message shows."""
+
+
 class SpecError(ValueError):
     """Params that cannot run; the message lists every fault, one a line, as `where: found; rule; what to do`."""
 
@@ -143,6 +147,15 @@ def check(model: type[Model], value: Any, where: str) -> Model:
         raise SpecError("\n".join(faults)) from None
 
 
+def shown(value: Any) -> str:
+    """Give a wrong value for a message, of which a long one has the beginning only."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes, or depth
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?` where a known name is close, else nothing."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
@@ -162,9 +175,9 @@ def _explain(model: type[BaseModel], value: Any, fault: Any, where: str) -> str:
         names = [name.strip(" '") for name in context["expected_tags"].split(",")]
         return f"{path}.name: '{context['tag']}' is not one of {names}{nearest(context['tag'], names)}"
     if kind in {"union_tag_not_found", "model_attributes_type"}:
-        return f"{path}: found {found!r}; it must be a name, or a mapping with the key 'name'"
+        return f"{path}: found {shown(found)}; it must be a name, or a mapping with the key 'name'"
     if kind == "model_type":
-        return f"{path}: found {found!r}; it must map keys to values"
+        return f"{path}: found {shown(found)}; it must map keys to values"
     if kind == "value_error":
         return f"{path}: {context['error']}"
     rule = fault["msg"].replace("Input should", "must").replace("input should", "must")
@@ -172,7 +185,7 @@ def _explain(model: type[BaseModel], value: Any, fault: Any, where: str) -> str:
     if isinstance(found, str) and _is_number(found):
         plain = f"as a plain number with a point, such as {float(found):.1e} (YAML reads 1e-4 as text)"
         hint = f"; write it {plain if 'e' in found.lower() else 'without quotes'}"
-    return f"{path}: found {found!r}; {rule}{hint}"
+    return f"{path}: found {shown(found)}; {rule}{hint}"
 
 
 def _is_number(text: str) -> bool:

@@ -12,7 +12,7 @@ from pydantic import Field
 from mim_core.params.laboratory import laboratory
 from mim_core.params.relations import relations
 from mim_core.params.rows import AblationRow, DataRow, DownstreamRow, PretrainRow, SearchRow, TargetRow
-from mim_core.spec import SpecError, Strict, check
+from mim_core.spec import SHOWN, SpecError, Strict, check, shown
 
 
 class Params(Strict):
@@ -68,8 +68,6 @@ LONGEST = 100
 """Characters of a row's name, which names folders and files."""
 MOST_VALUES = 100_000
 """Values of a file, those that aliases repeat counted each time."""
-SHOWN = 200
-"""Characters of a wrong value that a message shows."""
 MODELS: dict[str, type[Strict]] = {
     "data": DataRow,
     "targets": TargetRow,
@@ -105,7 +103,7 @@ def _load(folder: Path, files: Mapping[str, Sections]) -> Params:
                 where = f"{places[section]}.{key}"
                 if not isinstance(key, str) or not key or set(key) - set(ROW_NAME) or len(key) > LONGEST:
                     rule = "a row's name may hold lower-case letters, digits, '_' and '-' only"
-                    faults.append(f"{places[section]}.{_shown(key)}: {rule}, {LONGEST} at most; rename it")
+                    faults.append(f"{places[section]}.{_name(key)}: {rule}, {LONGEST} at most; rename it")
                     continue
                 try:
                     rows[section][key] = check(MODELS[section], value, where)
@@ -160,9 +158,8 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+def _name(key: Any) -> str:
+    return key[:SHOWN] if isinstance(key, str) and key.isprintable() else shown(key)
 
 
 def _read(path: Path, sections: Sections, faults: list[str]) -> dict[str, dict[str, Any]]:
@@ -182,10 +179,10 @@ def _read(path: Path, sections: Sections, faults: list[str]) -> dict[str, dict[s
         return empty
     if not isinstance(content, dict) or set(content) != set(sections):
         found = sorted(map(str, content)) if isinstance(content, dict) else content
-        faults.append(f"{where}: found {_shown(repr(found))} at the top; it must hold exactly {list(sections)}")
+        faults.append(f"{where}: found {shown(found)} at the top; it must hold exactly {list(sections)}")
         return empty
     for section in sections:
         if not isinstance(content[section], dict):
-            faults.append(f"{where}: {section}: found {_shown(repr(content[section]))}; it must map row names to rows")
+            faults.append(f"{where}: {section}: found {shown(content[section])}; it must map row names to rows")
             return empty
     return content
