@@ -84,7 +84,7 @@ def _pack(name: str, source: Mapping[str, Any]) -> int:
             return 0
     except (OSError, LookupError, ValueError, TypeError):
         pass
-    height, width = source["size_px"]
+    height, width = map(int, source["size_px"])
     return _images(workspace.data_folder(name), source) * height * width * PIXEL
 
 

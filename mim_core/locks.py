@@ -44,50 +44,48 @@ def held(path: Path, what: str, give_up: Callable[[], bool] = lambda: True, ever
 
 def _take(path: Path) -> IO[str] | dict[str, Any] | None:
     """Open the file and lock it; gives another host's note, or None, where it is taken."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its holder may have removed it with its folder since: then another one's lock lies in its place, or none.
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder may have removed it with its folder since: then another one's lock lies in its place, or none.
+            same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except BlockingIOError:
             file.close()
-            return _take(path)
-        note = _note(file)
-        if note and note["host"] != socket.gethostname() and note["boot"] != _boot():
-            file.close()
-            return note
-        return file
-    except BlockingIOError:
+            return None
+        except FileNotFoundError:
+            same = False
+        if same:
+            break
         file.close()
-        return None
+    note = _note(file)
+    if note and note["host"] != socket.gethostname() and note["boot"] != _boot():
+        file.close()
+        return note
+    return file
 
 
 def _told(path: Path, note: dict[str, Any] | None) -> str:
     """Say who holds a lock."""
+    mend = f"this machine cannot see whether it still runs; if it does not, delete {path}"
     if note is None:
+        mend = "wait for its end, or stop it"
         with suppress(FileNotFoundError), path.open() as file:
             note = _note(file)
-        if note is None:  # it has just been taken, or let go
-            return "another process has it; wait for its end, or stop it"
-        mend = "wait for its end, or stop it"
-    else:
-        mend = f"this machine cannot see whether it still runs; if it does not, delete {path}"
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note["since"]))
-    return f"process {note['pid']} on host {note['host']} has it since {since}; {mend}"
+    if note is None:  # it has just been taken, or let go
+        return f"another process has it; {mend}"
+    return f"process {note['pid']} on host {note['host']} has it since {note['since']}; {mend}"
 
 
 def _note(file: IO[str]) -> dict[str, Any] | None:
-    """The note in a lock's file; None where there is none, or a kill cut it short."""
+    """The note in a lock's file, its time as text; None where there is none, or a kill cut it short."""
     file.seek(0)
     try:
         found = json.loads(file.read())
-        return {
-            "pid": int(found["pid"]),
-            "host": str(found["host"]),
-            "boot": found["boot"],
-            "since": found["since"] + 0,
-        }
-    except (ValueError, TypeError, LookupError):
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["since"]))
+        return {"pid": int(found["pid"]), "host": str(found["host"]), "boot": found["boot"], "since": since}
+    except (ValueError, TypeError, LookupError, OverflowError, OSError):
         return None
 
 
