@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from core_pieces import ABLATION, CLASSIFY, FITTED, PALETTE, PRETRAIN, SEARCH, TARGET, TUNE
+from core_pieces import FILES, PRETRAIN, TUNE, TUNED, write_rows
 from format_trees import (
     CSV,
     VOC_OBJECTS,
@@ -120,7 +120,6 @@ def test_the_slow_run_tries_more_than_ten_thousand() -> None:
 
 # Rows
 
-TUNED = {**{key: value for key, value in CLASSIFY.items() if key != "encoder"}, "init": "one"}
 TASKS_OF = {
     "classify": TUNED,
     "probe": {**TUNED, "task": {"name": "probe", "blocks": [1, 2]}, "augment": None, "drop_path": 0.0},
@@ -132,19 +131,6 @@ CONTEXT = {
     **PRETRAIN, "encoder": {"name": "conv", "layers": 3, "base": 8}, "mask": {"name": "central"}, "fill": "mean_colour",
     "head": "channelwise_decoder", "loss": {"name": "l2", "scope": "ring", "ring_px": 2, "visible_weight": 10.0},
     "adversarial": {"base": 8},
-}  # fmt: skip
-FILES: dict[str, dict[str, Any]] = {
-    "data.yaml": {"data": {"tiny": {"source": {"name": "scenes", "size_px": [32, 48]}},
-                           "mine": {"source": {"name": "coco", "size_px": 32}}}},
-    "targets.yaml": {"targets": {"codes": TARGET, "colours": PALETTE}},
-    "pretrain.yaml": {"pretrain_fitted": {"two": FITTED}, "pretrain": {"one": PRETRAIN}},
-    "downstream.yaml": {
-        "baselines": {"fresh": CLASSIFY}, "supervised": {"theirs": {**TUNED, "init": "weights/a.pth"}},
-        "downstream": {"tuned": TUNED}, "continued": {"again": {**TUNED, "init": "tuned"}},
-    },
-    "ablations.yaml": {"ablations_fitted": {"codes": {**ABLATION, "base": "two"}}, "ablations": {"ratio": ABLATION}},
-    "search.yaml": {"search_fitted": {"codes": {**SEARCH, "base": "two", "space": {"mask.ratio": [0.3, 0.6]}}},
-                    "search": {"recipe": SEARCH}},
 }  # fmt: skip
 ROWS: dict[str, tuple[str, str, str, Any]] = {
     f"{section}.{name}": (file, section, name, row)
@@ -218,13 +204,6 @@ def check_rows(root: Path) -> None:
     except SpecError as error:
         for line in str(error).splitlines():
             helps(line, "params/")
-
-
-def write_rows(root: Path) -> Path:
-    (root / "params").mkdir(exist_ok=True)
-    for name, content in FILES.items():
-        (root / "params" / name).write_text(yaml.safe_dump(content, sort_keys=False))
-    return root / "params"
 
 
 def fuzz_row(tmp_path: Path, name: str, count: int) -> None:

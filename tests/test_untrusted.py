@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from core_pieces import ENCODER, PRETRAIN, python
+from core_pieces import ENCODER, FILES, PRETRAIN, python, write_rows
 from safetensors.torch import save, save_file
-from test_params import faults, written
 
 from mim_core import checkpoint
 from mim_core.encoders import ENCODERS
@@ -28,7 +27,13 @@ from mim_core.jobs.downstream import begin
 from mim_core.jobs.pretrain import load_tokenizer
 from mim_core.params import ROW_NAME, EncoderOf, load
 from mim_core.published import read_state
-from mim_core.spec import build, check
+from mim_core.spec import SpecError, build, check
+
+
+def faults(folder: Path) -> list[str]:
+    with pytest.raises(SpecError) as error:
+        load(folder)
+    return str(error.value).splitlines()
 
 
 class Payload:
@@ -222,7 +227,7 @@ YAML: dict[str, tuple[str | Callable[[Path], str], str]] = {
 
 @pytest.mark.parametrize("name", YAML)
 def test_rows_are_plain_values(tmp_path: Path, name: str) -> None:
-    folder, made = written(tmp_path), tmp_path / "made"
+    folder, made = write_rows(tmp_path), tmp_path / "made"
     text, message = YAML[name]
     (folder / "data.yaml").write_text(text if isinstance(text, str) else text(made))
     begun = time.monotonic()
@@ -243,8 +248,8 @@ NAMES = ["../x", "a/b", "", ".", "..", "/tmp/x", "a\\b", "a\0b", "a\nb", "a b", 
 
 @pytest.mark.parametrize("name", NAMES, ids=[repr(name)[:20] for name in NAMES])
 def test_names_of_rows_cannot_leave_their_folder(tmp_path: Path, name: Any) -> None:
-    folder = written(tmp_path)
-    rows = {"pretrain_fitted": {}, "pretrain": {"one": PRETRAIN, name: PRETRAIN}}
+    folder = write_rows(tmp_path)
+    rows = {**FILES["pretrain.yaml"], "pretrain": {"one": PRETRAIN, name: PRETRAIN}}
     (folder / "pretrain.yaml").write_text(yaml.safe_dump(rows))
     fault = faults(folder)[-1]
     rule = "a row's name may hold lower-case letters, digits, '_' and '-' only, 100 at most; rename it"
@@ -254,11 +259,8 @@ def test_names_of_rows_cannot_leave_their_folder(tmp_path: Path, name: Any) -> N
 
 
 def test_the_longest_name_is_a_name(tmp_path: Path) -> None:
-    folder = written(tmp_path)
-    rows = {
-        "pretrain_fitted": {"two": yaml.safe_load((folder / "pretrain.yaml").read_text())["pretrain_fitted"]["two"]}
-    }
-    rows["pretrain"] = {"one": PRETRAIN, (ROW_NAME * 3)[:100]: PRETRAIN}
+    folder = write_rows(tmp_path)
+    rows = {**FILES["pretrain.yaml"], "pretrain": {"one": PRETRAIN, (ROW_NAME * 3)[:100]: PRETRAIN}}
     (folder / "pretrain.yaml").write_text(yaml.safe_dump(rows))
     assert len(load(folder).pretrain) == 2
 
