@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export UV_LINK_MODE ?= copy
+# Bytecode is kept, also where the environment says otherwise: without it every process compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow check lock clean
+.PHONY: demo test test-slow reliability check lock clean
 
 demo: $(VENV)/installed
 	@unmask demo
@@ -16,6 +18,10 @@ test: $(VENV)/installed check
 
 test-slow: $(VENV)/installed
 	@python -m pytest -m slow
+
+# What is promised of faults, tried more often than the tests do: about an hour; writes the table of docs/reliability.md.
+reliability: $(VENV)/installed
+	@OMP_NUM_THREADS=1 python -m pytest -m reliability --kills 20 --reliability docs/reliability.md
 
 check: $(VENV)/installed
 	@ruff check .
@@ -28,7 +34,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@awk '/^[^ #]/ { wanted = /^uv==/ } wanted' requirements.lock > $(VENV)/uv.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(VENV)/uv.txt
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 

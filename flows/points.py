@@ -7,9 +7,10 @@ it from one run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from flows.workers import POLL_SECONDS, JobFailedError, StoppedError, Watch, Wor
 from mim_core.locks import HeldError, held
 
 WEIGHTS, PICTURE, PIXELS = "encoder.safetensors", "recovery.png", "recovered.npz"
+KEPT = frozenset({"result.json", "curve.jsonl", "lock"})
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,13 @@ class Measured:
     `new` is False where an earlier run had made it; `seconds` are the job's own, whenever it ran.
     """
 
-    key: str
     folder: Path
     result: Mapping[str, Any]
     new: bool
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
 
     @property
     def seconds(self) -> float:
@@ -59,6 +64,20 @@ class Laboratory:
         With `probe` (`labels`, `evaluations`) the curve has the probe's accuracy while it trains. Raises UserError
         where the tokenizer that the target needs is not fitted, JobFailedError, JobDiedError, StoppedError.
         """
+        job, folder = self._pretraining(row, seed, probe)
+        return self._measure(job, folder, (WEIGHTS, PICTURE, PIXELS), watch)
+
+    def abandoned(self, row: Mapping[str, Any], seed: int, probe: Mapping[str, Any] | None = None) -> None:
+        """Drop the checkpoints of a pretraining that was stopped for good; its curve stays."""
+        _, folder = self._pretraining(row, seed, probe)
+        # Whoever else goes on with it holds the folder, and keeps them.
+        with contextlib.suppress(HeldError), held(folder / "lock", folder.name):
+            if not (folder / "result.json").exists():
+                self._tidy(folder, KEPT)
+
+    def _pretraining(
+        self, row: Mapping[str, Any], seed: int, probe: Mapping[str, Any] | None
+    ) -> tuple[dict[str, Any], Path]:
         file, made_of = None, ""
         if fitted := rows.fitted(row):
             start = published("tokenizer", f"targets/{fitted}", "tokenizer.safetensors", f"fit_target@{fitted}")
@@ -66,7 +85,7 @@ class Laboratory:
         # What is trained is the same with a probe and without, but its curve is another.
         job = {"kind": "pretrain", "row": {**row, "seed": 0}, "seed": seed, "fitted": file}
         job |= {"probe": dict(probe)} if probe else {}
-        return self._measure(job, [{**row, "seed": seed}, made_of, probe], (WEIGHTS, PICTURE, PIXELS), watch)
+        return job, self._folder("pretrain", [{**row, "seed": seed}, made_of, probe])
 
     def judged(
         self, judge: Mapping[str, Any], seed: int, begun: Measured | None, test: bool, watch: Watch = ignore
@@ -82,7 +101,7 @@ class Laboratory:
         def at(rate: float, scored: bool) -> Measured:
             job = {"kind": "downstream", "row": {**judge, "seeds": [0]}, "seed": seed, "lr": rate, "init": init}
             named = [about, seed, rate, begun.key if begun else None, scored]
-            return self._measure({**job, "test": scored}, named, (), watch)
+            return self._measure({**job, "test": scored}, self._folder("downstream", named), (), watch)
 
         rates = judge["lr_grid"] or [0.0]
         runs = [at(rate, test and len(rates) == 1) for rate in rates]
@@ -92,12 +111,13 @@ class Laboratory:
             chosen = at(rates[best], True)
             runs.append(chosen)
         result = {**chosen.result, "lr": rates[best], "seconds": sum(one.seconds for one in runs)}
-        return Measured(chosen.key, chosen.folder, result, any(one.new for one in runs))
+        return Measured(chosen.folder, result, any(one.new for one in runs))
 
-    def _measure(self, job: dict[str, Any], named: Any, kept: tuple[str, ...], watch: Watch) -> Measured:
-        key = workspace.digest([job["kind"], named, self.stage.data, self.code])
-        folder = workspace.home() / "points" / f"{job['kind']}-{key[:20]}"
-        folder.mkdir(parents=True, exist_ok=True)
+    def _folder(self, kind: str, named: Any) -> Path:
+        key = workspace.digest([kind, named, self.stage.data, self.code])
+        return workspace.home() / "points" / f"{kind}-{key[:20]}"
+
+    def _measure(self, job: dict[str, Any], folder: Path, kept: tuple[str, ...], watch: Watch) -> Measured:
         done = folder / "result.json"
         if not done.exists():
             with self._alone(folder):
@@ -105,9 +125,9 @@ class Laboratory:
                     work = {**job, "pack": str(self.stage.pack), "folder": str(folder)}
                     result = self.workers.run(work, watch)
                     workspace.write_json(done, result)
-                    self._tidy(folder, {*kept, "result.json", "curve.jsonl", "lock"})
-                    return Measured(key, folder, result, True)
-        return Measured(key, folder, json.loads(done.read_text()), False)
+                    self._tidy(folder, {*KEPT, *kept})
+                    return Measured(folder, result, True)
+        return Measured(folder, json.loads(done.read_text()), False)
 
     @contextmanager
     def _alone(self, folder: Path) -> Iterator[None]:
@@ -120,7 +140,7 @@ class Laboratory:
             raise (StoppedError(0) if self.workers.stopping else JobFailedError(str(error))) from None
 
     @staticmethod
-    def _tidy(folder: Path, kept: set[str]) -> None:
+    def _tidy(folder: Path, kept: Set[str]) -> None:
         """Drop what nobody reads again: checkpoints are several times as large as the encoder."""
         for path in folder.iterdir():
             if path.name not in kept:

@@ -148,6 +148,7 @@ def _measure(bench: Bench, one: Ongoing, row: Row, curve: Any) -> None:
         if not (one.pruned or one.stopped):
             raise
     if one.pruned:
+        bench.laboratory.abandoned(row, seed, bench.probe)
         course.finish(one, PRUNED)
         _close(bench, one, curve, "pruned")
     else:

@@ -517,7 +517,7 @@ def readable(address: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
-        hint = "; install psycopg: pip install 'psycopg[binary]'" if isinstance(error, ImportError) else ""
+        hint = "; pip install 'unmask[pg]' brings its driver" if isinstance(error, ImportError) else ""
         said = str(error.__cause__ or error).splitlines()[0]
         raise workspace.UserError(f"{masked(address)}: the study's database does not open{hint} ({said})") from None
 

@@ -32,6 +32,12 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "UNMASK
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+    parser.addoption("--kills", type=int, default=1, help="runs of each kind of training that are killed")
+    parser.addoption("--reliability", type=Path, help="write what was tried, how often and what was lost to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TRIED] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,8 +65,32 @@ def uses_served(nodeid: str) -> bool:
     return "served: Clone" in _text(nodeid.split("::")[0])
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     shutil.rmtree(SANDBOX, ignore_errors=True)
+    if file := session.config.getoption("--reliability"):
+        lines = [f"| {what} | {times:,} | {outcome} |" for what, times, outcome in sorted(session.config.stash[TRIED])]
+        if session.testsfailed or not lines:
+            raise pytest.UsageError(f"{file} is not written: {session.testsfailed} tests failed")
+        text = file.read_text()
+        head = text[: text.index("| what was tried")]
+        file.write_text(
+            head + "\n".join(["| what was tried | times | what came of it |", "|---|---|---|", *lines]) + "\n"
+        )
+
+
+Tried = Callable[[str, int, str], None]
+TRIED = pytest.StashKey[list[tuple[str, int, str]]]()
+
+
+@pytest.fixture
+def tried(request: pytest.FixtureRequest) -> Tried:
+    """Note a fault that was tried, how many times, and what came of it, for docs/reliability.md."""
+    return lambda what, times, outcome: request.config.stash[TRIED].append((what, times, outcome))
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--kills"))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Tried
 from core_pieces import OPTIM, pretrain_row, python, tiny_pack
 
 from mim_core import checkpoint
@@ -90,12 +91,13 @@ def lose(path: Path) -> str:
     return f"{path.name} gone"
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize(("name", "harm"), [
     *((name, flip) for name in FILES), ("weights.safetensors", cut), ("state.json", cut), ("optimisers.pt", lose),
     (checkpoint.SUMS, lose),
 ])  # fmt: skip
 def test_a_damaged_file_is_found_and_the_checkpoint_before_gives_the_same_weights(
-    tmp_path: Path, pack: Pack, jobs: tuple[Path, Path], name: str, harm: Callable[[Path], str]
+    tmp_path: Path, pack: Pack, jobs: tuple[Path, Path], name: str, harm: Callable[[Path], str], tried: Tried
 ) -> None:
     whole, part = jobs
     shutil.copytree(part, tmp_path, dirs_exist_ok=True)
@@ -107,6 +109,11 @@ def test_a_damaged_file_is_found_and_the_checkpoint_before_gives_the_same_weight
     # The damaged one neither stays nor takes the place of one of the two that are kept.
     left = sorted(one.name for one in (tmp_path / "checkpoints").iterdir())
     assert left == ["step_000000019", "step_000000020"], what
+    tried(
+        "a damaged file in the newest checkpoint (a bit flipped, cut, gone)",
+        1,
+        "found; the steps since the one before, made again to the same weights",
+    )
 
 
 def test_any_byte_of_a_checkpoint_is_watched(tmp_path: Path) -> None:
@@ -126,7 +133,10 @@ def test_any_byte_of_a_checkpoint_is_watched(tmp_path: Path) -> None:
     assert checkpoint.damage(folder) == ""
 
 
-def test_with_no_whole_checkpoint_the_run_starts_afresh(tmp_path: Path, pack: Pack, jobs: tuple[Path, Path]) -> None:
+@pytest.mark.reliability
+def test_with_no_whole_checkpoint_the_run_starts_afresh(
+    tmp_path: Path, pack: Pack, jobs: tuple[Path, Path], tried: Tried
+) -> None:
     whole, part = jobs
     shutil.copytree(part, tmp_path, dirs_exist_ok=True)
     for step in (8, 9):
@@ -134,6 +144,7 @@ def test_with_no_whole_checkpoint_the_run_starts_afresh(tmp_path: Path, pack: Pa
     with pytest.warns(UserWarning, match=r"step_000000009 .*, step_000000008 .*; none is whole: the run starts afresh"):
         pretrain(row(), pack, tmp_path, seed=5)
     assert weights(tmp_path) == weights(whole)
+    tried("every checkpoint damaged", 1, "found; the run starts afresh, to the same weights")
 
 
 def test_a_whole_checkpoint_is_gone_on_from_without_a_warning(
@@ -216,8 +227,9 @@ def test_a_full_disk_leaves_what_was_there_and_says_how_much_is_free(small_disk:
     assert f"and {shutil.disk_usage(small_disk).free / 2**20:.1f} MiB are free" in lines[2], lines[2]
 
 
+@pytest.mark.reliability
 def test_a_job_on_a_full_disk_ends_with_what_to_do_and_goes_on_when_there_is_room(
-    small_disk: Path, pack: Pack, jobs: tuple[Path, Path]
+    small_disk: Path, pack: Pack, jobs: tuple[Path, Path], tried: Tried
 ) -> None:
     whole, _ = jobs
     with pytest.raises(checkpoint.NotWrittenError, match=r"checkpoints/step_.*No space left on device.*make room"):
@@ -227,3 +239,6 @@ def test_a_job_on_a_full_disk_ends_with_what_to_do_and_goes_on_when_there_is_roo
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     pretrain(row(), pack, small_disk / "job", seed=5)
     assert weights(small_disk / "job") == weights(whole)
+    tried(
+        "a disk that fills up while checkpoints are written", 1, "says what to do; the same weights when there is room"
+    )

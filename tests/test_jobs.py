@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Tried
 from core_pieces import (
     CLASSIFY,
     FITTED,
@@ -74,6 +75,13 @@ PRODUCTS = {
     "downstream": ["model.safetensors", "predictions.png"],
 }
 EVALUATED = {"downstream": "validation_score", "fit_target": "perplexity", "quantised": "perplexity"}
+TOLD = {
+    "pretrain": "pretraining",
+    "adversarial": "adversarial pretraining",
+    "fit_target": "fitting a discrete VAE",
+    "quantised": "fitting a vector-quantised tokenizer",
+    "downstream": "fine-tuning",
+}
 KINDS = {"adversarial": "pretrain", "quantised": "fit_target"}
 """A row's kind of job where it is another than its name."""
 
@@ -286,31 +294,40 @@ def test_an_order_that_starts_late_is_the_rest_of_the_whole_and_an_epoch_repeats
     assert whole[0] != whole[4]
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("kind", ROWS)
-def test_a_job_killed_at_any_step_ends_bit_for_bit_as_one_that_was_not(
-    tmp_path: Path, pack: Pack, servers: list[subprocess.Popen[str]], kind: str
+def test_a_job_killed_at_any_moment_ends_bit_for_bit_as_one_that_was_not(
+    tmp_path: Path, pack: Pack, servers: list[subprocess.Popen[str]], kind: str, kills: int, tried: Tried
 ) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    """As many runs as `--kills` says, each killed at a moment of its own; a checkpoint is written at every step."""
+    whole = tmp_path / "whole"
     result = perform(job(kind, pack, whole))
-    process = servers.pop()
-    send(process, job(kind, pack, broken))
-    at = random.randint(1, STEPS // 2)
-    wait_for_step(broken, at)
-    process.kill()
-    assert process.wait(30) == -signal.SIGKILL
-    found = checkpoint.latest(broken / "checkpoints")
-    done = checkpoint.load(found)[0]["step"] if found else 0
-    assert done < STEPS, f"the kill at step {at} came too late to test anything"
-    again = perform(job(kind, pack, broken))
-    for product in PRODUCTS[kind]:
-        assert (whole / product).read_bytes() == (broken / product).read_bytes(), f"killed at step {at}"
-    assert [step for step, _ in curve(broken, "loss")] == list(range(1, STEPS + 1))
-    for key in ("loss", "grad_norm", "lr", EVALUATED.get(kind, "validation_loss")):
-        assert curve(broken, key) == curve(whole, key), f"{key}, killed at step {at}"
-    timed = {"seconds", "images_per_s"}
-    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in result.items() if k not in timed}
-    seconds = [line["seconds"] for line in read_curve(broken / "curve.jsonl")]
-    assert seconds == sorted(seconds)
+    for turn in range(kills):
+        broken = tmp_path / f"broken_{turn}"
+        process = servers.pop() if servers else python("-m", "mim_core.jobs")
+        with process:
+            send(process, job(kind, pack, broken))
+            at, after = random.randint(1, STEPS // 2), random.uniform(0, 0.05)
+            wait_for_step(broken, at)
+            time.sleep(after)
+            process.kill()
+            assert process.wait(30) == -signal.SIGKILL
+        moment = f"killed {after:.3f} s after step {at}"
+        found = checkpoint.latest(broken / "checkpoints")
+        done = checkpoint.load(found)[0]["step"] if found else 0
+        assert done < STEPS, f"{moment}: too late to test anything"
+        again = perform(job(kind, pack, broken))
+        for product in PRODUCTS[kind]:
+            assert (whole / product).read_bytes() == (broken / product).read_bytes(), moment
+        assert [step for step, _ in curve(broken, "loss")] == list(range(1, STEPS + 1))
+        for key in ("loss", "grad_norm", "lr", EVALUATED.get(kind, "validation_loss")):
+            assert curve(broken, key) == curve(whole, key), f"{key}, {moment}"
+        timed = {"seconds", "images_per_s"}
+        assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in result.items() if k not in timed}
+        seconds = [line["seconds"] for line in read_curve(broken / "curve.jsonl")]
+        assert seconds == sorted(seconds)
+        shutil.rmtree(broken)
+    tried(f"SIGKILL at a random moment of {TOLD[kind]}", kills, "the same weights and curve, bit for bit")
 
 
 def ask(process: subprocess.Popen[str], wire: dict[str, Any]) -> dict[str, Any]:

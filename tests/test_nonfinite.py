@@ -74,7 +74,8 @@ def whole(folder: Path) -> bool:
 AGAIN = "between steps 130 and 132; .*: again from step {}, at 1/2 of the rate"
 
 
-def test_a_run_goes_back_is_slower_there_and_ends_alike_wherever_it_went_back_to(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_a_run_goes_back_is_slower_there_and_ends_alike_wherever_it_went_back_to(tmp_path: Path, tried: Tried) -> None:
     ends = []
     # With a checkpoint at each report, and with none before the end: then back to the beginning.
     for name, minutes, back in (("often", 1e-9, 129), ("never", 1e9, 0)):
@@ -89,6 +90,7 @@ def test_a_run_goes_back_is_slower_there_and_ends_alike_wherever_it_went_back_to
         assert whole(tmp_path / name)
     assert torch.equal(*ends)
     assert ends[0].isfinite().all()
+    tried("a loss that is not finite", 1, "back to the last good checkpoint, at half the rate there")
 
 
 def test_a_run_that_meets_nothing_is_not_slowed(tmp_path: Path) -> None:
@@ -113,7 +115,10 @@ def test_a_stop_meanwhile_writes_nothing_that_is_not_finite_and_changes_no_bit(t
     assert torch.equal(straight.w, again.w)
 
 
-def test_what_stays_bad_ends_the_run_with_steps_tries_and_images_and_the_last_good_state(tmp_path: Path) -> None:
+@pytest.mark.reliability
+def test_what_stays_bad_ends_the_run_with_steps_tries_and_images_and_the_last_good_state(
+    tmp_path: Path, tried: Tried
+) -> None:
     said = r"loss is nan between steps 199 and 201; lower optim\.lr.*Tried 3 times more .* 1/8 of the rate\. .*images "
     with pytest.warns(UserWarning, match="again from step"), pytest.raises(NonFiniteLossError, match=said) as ended:
         run(tmp_path, 1e-9, spike=1e-4, poisoned=[POISON])
@@ -128,6 +133,7 @@ def test_what_stays_bad_ends_the_run_with_steps_tries_and_images_and_the_last_go
     assert whole(tmp_path)
     # With what was wrong gone, the same folder goes on.
     assert run(tmp_path, 1e-9, spike=1e-4).w.isfinite().all()
+    tried("a loss that stays not finite", 1, "the run ends with the steps and images; the last good state stays")
 
 
 def test_weights_that_were_harmed_before_the_last_report_are_not_gone_on_from(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_optunas_dashboard_opens_the_study(served: Clone, tmp_path: Path) -> Non
         try:
             assert wait_until(lambda: port_taken(int(at)), 120)
             look(f"http://127.0.0.1:{at}/dashboard", tmp_path / "studies", database.stem)
-            look(f"http://127.0.0.1:{at}/dashboard/studies/0", tmp_path / "study", "mask.ratio", "scatterlayer")
+            look(f"http://127.0.0.1:{at}/dashboard/studies/1", tmp_path / "study", "mask.ratio", "scatterlayer")
         finally:
             process.terminate()
             process.wait(30)

@@ -216,7 +216,8 @@ def test_the_report_tells_of_the_family(served: Clone) -> None:
     assert "from scratch: vit (32, 2)" in table
     page = (served.folder / "report" / "index.html").read_text()
     assert "<h2>Tokenizers</h2>" in page
-    assert page.count("data:image/png;base64,") == 3 + 2 * 2 + 1 + 5
+    # Three of all, two of each pretraining and of each ablation, one of each tokenizer, arm and search.
+    assert page.count("data:image/png;base64,") == 3 + 2 * 2 + 2 * 2 + 1 + 5 + 1
 
 
 def test_a_second_demo_does_nothing_but_say_so(served: Clone) -> None:
@@ -232,10 +233,11 @@ def test_a_changed_ratio_reruns_its_row_and_what_hangs_on_it(served: Clone, tmp_
     before = {name: manifest(served, *name) for name in (("pretrain", "tokens"), ("downstream", "scratch_2000"))}
     try:
         served.edit("params/pretrain.yaml", ("ratio: 0.6", "ratio: 0.7"))
-        assert set(json.loads(served.dvc("status", "--json"))) == {"pretrain@simmim_vit"}
-        said = served.dvc("repro")
+        based_on_it = {"ablate@mask_ratio", "ablate_fitted@targets", "search@recipe"}
+        assert set(json.loads(served.dvc("status", "--json"))) == {"pretrain@simmim_vit"} | based_on_it
+        said = served.dvc("repro", "downstream")
         ran = re.findall(r"Running stage '(.+)'", said)
-        assert ran == ["pretrain@simmim_vit", "downstream@simmim_vit_2000", "report"]
+        assert ran == ["pretrain@simmim_vit", "downstream@simmim_vit_2000"]
         assert {name: manifest(served, *name) for name in before} == before
     finally:
         params.write_text(text)
@@ -387,9 +389,11 @@ def test_a_collapsed_codebook_stops_the_stage_with_advice(clone: Clone, served: 
 def test_a_pipeline_without_fitted_rows_is_one_too(clone: Clone, served: Clone) -> None:
     borrow(clone, served)
     (clone.folder / "params" / "targets.yaml").write_text("targets: {}\n")
-    text = (clone.folder / "params" / "pretrain.yaml").read_text()
-    start, end = text.index("  tokens:"), text.index("pretrain:\n")
-    (clone.folder / "params" / "pretrain.yaml").write_text(text[:start].replace(":\n", ": {}\n") + text[end:])
+    for file, first, after in (("pretrain", "  tokens:", "pretrain:\n"), ("ablations", "  targets:", "ablations:\n")):
+        path = clone.folder / "params" / f"{file}.yaml"
+        text = path.read_text()
+        start, end = text.index(first), text.index(after)
+        path.write_text(text[:start].replace(":\n", ": {}\n") + text[end:])
     assert "simmim_vit" in clone.unmask("check")
     stages = {line.split()[0] for line in clone.dvc("stage", "list", "--all").splitlines()}
     assert "pretrain@simmim_vit" in stages

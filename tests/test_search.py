@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Clone, make_clone
+from conftest import Clone, Tried, make_clone
 from optuna.trial import TrialState
 
 from flows import warm, workspace
@@ -67,9 +67,9 @@ SECONDS = 10.0
 Hook = Callable[[str], None]
 
 
-def course(folder: Path, workers: int = 1, **changes: Any) -> Course:
+def course(folder: Path, workers: int = 1, name: str = "made_up", **changes: Any) -> Course:
     search = {**SEARCH, **changes}
-    return Course("made_up", search, Space(search, BASE), "key", folder, workers)
+    return Course(name, search, Space(search, BASE), "key", folder, workers)
 
 
 def law(settings: Mapping[str, Any]) -> float:
@@ -473,9 +473,10 @@ def outcome(clone: Clone) -> dict[str, Any]:
     return {key: said[key] for key in ("trials", "importances", "best", "default", "finals")}
 
 
+@pytest.mark.reliability
 @pytest.mark.slow
 @pytest.mark.orchestration
-def test_a_flow_and_a_worker_killed_mid_trial_end_as_an_undisturbed_search(tmp_path: Path) -> None:
+def test_a_flow_and_a_worker_killed_mid_trial_end_as_an_undisturbed_search(tmp_path: Path, tried: Tried) -> None:
     outcomes = []
     for name in ("undisturbed", "killed"):
         clone = make_clone(tmp_path / name)
@@ -504,11 +505,49 @@ def test_a_flow_and_a_worker_killed_mid_trial_end_as_an_undisturbed_search(tmp_p
         trials = outcomes[-1]["trials"]
         assert [one["place"] for one in trials] == [0, 1, 2, 3]
         # The same command again reads all.
-        measured = sorted(path.stat().st_mtime for path in clone.folder.glob(".unmask/points/*/result.json"))
+        before = measured_at(clone)
         said, _ = one_worker(clone).communicate(timeout=900)
-        assert sorted(path.stat().st_mtime for path in clone.folder.glob(".unmask/points/*/result.json")) == measured
+        assert measured_at(clone) == before
         assert outcome(clone) == outcomes[-1]
     assert outcomes[0] == outcomes[1]
+    tried("SIGKILL of a search's flow, and of its worker", 2, "no trial lost or measured twice, the same result")
+
+
+@pytest.mark.reliability
+@pytest.mark.slow
+@pytest.mark.orchestration
+def test_servers_killed_under_a_search_change_nothing(tmp_path: Path, tried: Tried) -> None:
+    """Both get kill -9; whether the flow lives through it or not, the same command ends as an undisturbed search."""
+    outcomes = []
+    for name in ("undisturbed", "killed"):
+        clone = make_clone(tmp_path / name)
+        points = clone.folder / ".unmask" / "points"
+        try:
+            clone.unmask("data", "restore")
+            clone.unmask("up")
+            clone.run(sys.executable, "-m", "flows.prepare", "scenes")
+            process = one_worker(clone)
+            if name == "killed":
+                wait_for(lambda points=points: list(points.glob("*/result.json")))  # type: ignore[misc]
+                for server in json.loads((clone.folder / ".unmask" / "servers.json").read_text()).values():
+                    os.killpg(server["pid"], signal.SIGKILL)
+                process.communicate(timeout=900)
+                before = measured_at(clone)
+                clone.unmask("up")
+                process = one_worker(clone)
+            said, _ = process.communicate(timeout=900)
+            assert process.returncode == 0, said
+            outcomes.append(outcome(clone))
+            if name == "killed":
+                assert before.items() <= measured_at(clone).items(), "a finished measurement was run again"
+        finally:
+            clone.unmask("down")
+    assert outcomes[0] == outcomes[1]
+    tried("SIGKILL of both servers during a search", 1, "no trial lost or measured twice, the same result")
+
+
+def measured_at(clone: Clone) -> dict[str, float]:
+    return {path.parent.name: path.stat().st_mtime for path in clone.folder.glob(".unmask/points/*/result.json")}
 
 
 def unfinished(points: Path) -> list[Path]:
