@@ -241,7 +241,13 @@ def axis_curves(stage: Stage, points: Sequence[Point]) -> dict[str, dict[int, fl
 def ablate(name: str) -> None:
     """Run one row of params/ablations.yaml; points go on side by side, one a slot of the machine."""
     stage = checked(name)
-    count = slots()
+    with stage.alone():
+        _ablate(stage)
+        stage.close()
+
+
+def _ablate(stage: Stage) -> None:
+    name, count = stage.row, slots()
     workers = Workers(count, max(1, cores() // count), f"ablate-{name}", stage.spans)
     from flows.tracking import Record  # imported while the workers import torch
 
@@ -267,7 +273,6 @@ def ablate(name: str) -> None:
     except BaseException as error:
         record.fail(error)
         raise
-    stage.close()
 
 
 def require_baseline(stage: Stage, points: Sequence[Mapping[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from flows import data, rows, servers, workspace
+from flows import data, room, rows, servers, workspace
 from flows.workers import cores
 
 DISK_GB = 2.0
@@ -29,12 +29,13 @@ class Finding:
 
 
 def examine(data_needed: bool = True) -> Iterator[Finding]:
-    """Run all checks, in the order in which they would stop a run; `data_needed` makes missing data a fault."""
+    """Run all checks, in the order in which they would stop a run; `data_needed` makes missing data a fault, and too
+    little room for all rows (the demo fetches its data, and runs few of them)."""
     yield _python()
     yield from _packages()
     yield _git()
     yield _writable()
-    yield _disk()
+    yield _disk(data_needed)
     yield _device()
     yield from _ports()
     yield _params()
@@ -86,10 +87,24 @@ def _writable() -> Finding:
     return Finding("permission", f"cannot write to {', '.join(shut)}" if shut else "the workspace can be written", mend)
 
 
-def _disk() -> Finding:
-    free = shutil.disk_usage(workspace.root()).free / 1e9
-    mend = "" if free >= DISK_GB else f"free {DISK_GB:.0f} GB; old checkpoints lie in {workspace.home()}"
-    return Finding("disk", f"{free:.0f} GB free", mend)
+def _disk(all_rows: bool) -> Finding:
+    free = room.free()
+    found = f"{free / 1e9:.0f} GB free"
+    if free < DISK_GB * 1e9:
+        return Finding("disk", found, f"free {DISK_GB:.0f} GB; old checkpoints lie in {workspace.home()}")
+    try:
+        need = room.needed()
+    except workspace.UserError:  # told among the params
+        return Finding("disk", found)
+    parts = f"packs {need.packs / 1e9:.1f}, runs {need.runs / 1e9:.1f}, checkpoints {need.checkpoints / 1e9:.1f}"
+    found += f"; what all rows still need is {need.total / 1e9:.1f} GB at most ({parts})"
+    mend = ""
+    if all_rows and need.total > free:
+        more = (need.total - free) / 1e9
+        mend = (
+            f"free {more:.1f} GB more, or run fewer rows: `dvc repro STAGE@ROW`; old points lie in {workspace.home()}"
+        )
+    return Finding("disk", found, mend)
 
 
 def _device() -> Finding:

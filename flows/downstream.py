@@ -168,7 +168,13 @@ def show(
 def downstream(row: str) -> None:
     """Judge one row of params/downstream.yaml."""
     stage = checked(row)
-    count = slots()
+    with stage.alone():
+        _downstream(stage)
+        stage.close()
+
+
+def _downstream(stage: Stage) -> None:
+    row, count = stage.row, slots()
     workers = Workers(count, max(1, cores() // count), f"downstream-{row}", stage.spans)
     from flows.tracking import Record  # imported while the workers import torch
 
@@ -190,7 +196,6 @@ def downstream(row: str) -> None:
     except BaseException as error:
         record.fail(error)
         raise
-    stage.close()
 
 
 if __name__ == "__main__":

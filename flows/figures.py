@@ -38,6 +38,8 @@ FEW = 5
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
+    # Names and labels are the user's words, whatever signs are in them.
+    "text.parse_math": False,
     "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
     "axes.titlepad": 6,

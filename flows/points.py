@@ -8,11 +8,9 @@ it from one run.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from typing import Any
 
 from flows import rows, workspace
 from flows.stage import Stage, published
-from flows.workers import POLL_SECONDS, StoppedError, Watch, Workers
+from flows.workers import POLL_SECONDS, JobFailedError, StoppedError, Watch, Workers
+from mim_core.locks import HeldError, held
 
 WEIGHTS, PICTURE, PIXELS = "encoder.safetensors", "recovery.png", "recovered.npz"
 KEPT = frozenset({"result.json", "curve.jsonl", "lock"})
@@ -72,7 +71,7 @@ class Laboratory:
         """Drop the checkpoints of a pretraining that was stopped for good; its curve stays."""
         _, folder = self._pretraining(row, seed, probe)
         # Whoever else goes on with it holds the folder, and keeps them.
-        with contextlib.suppress(StoppedError), alone(folder, lambda: True):
+        with contextlib.suppress(HeldError), held(folder / "lock", folder.name):
             if not (folder / "result.json").exists():
                 self._tidy(folder, KEPT)
 
@@ -121,7 +120,7 @@ class Laboratory:
     def _measure(self, job: dict[str, Any], folder: Path, kept: tuple[str, ...], watch: Watch) -> Measured:
         done = folder / "result.json"
         if not done.exists():
-            with alone(folder, lambda: self.workers.stopping):
+            with self._alone(folder):
                 if not done.exists():
                     work = {**job, "pack": str(self.stage.pack), "folder": str(folder)}
                     result = self.workers.run(work, watch)
@@ -130,31 +129,22 @@ class Laboratory:
                     return Measured(folder, result, True)
         return Measured(folder, json.loads(done.read_text()), False)
 
+    @contextmanager
+    def _alone(self, folder: Path) -> Iterator[None]:
+        """Hold a measurement, or wait for it; raises StoppedError where the wait has to end, JobFailedError where it
+        would not end by itself."""
+        try:
+            with held(folder / "lock", f"the measurement {folder.name}", lambda: self.workers.stopping, POLL_SECONDS):
+                yield
+        except HeldError as error:
+            raise (StoppedError(0) if self.workers.stopping else JobFailedError(str(error))) from None
+
     @staticmethod
     def _tidy(folder: Path, kept: Set[str]) -> None:
         """Drop what nobody reads again: checkpoints are several times as large as the encoder."""
         for path in folder.iterdir():
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-@contextmanager
-def alone(folder: Path, stopping: Callable[[], bool]) -> Iterator[None]:
-    """Hold a folder alone, or wait for it; the system lets go of it when the process ends, however it ends.
-
-    Raises StoppedError where the wait has to end.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stopping():
-                    raise StoppedError(0) from None
-                time.sleep(POLL_SECONDS)
-        yield
 
 
 def each(watched: Watch, prefix: str) -> Watch:

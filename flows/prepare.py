@@ -43,7 +43,8 @@ def prepare(dataset: str) -> None:
     """Decode data/<dataset> into packs/<dataset>."""
     stage = checked(dataset)
     begun = time.time()
-    write_pack(stage)
+    with stage.alone():
+        write_pack(stage)
     stage.spans.append((begun, time.time()))
     meta = json.loads((stage.pack / "meta.json").read_text())
     counts = "\n".join(f"| {split} | {count} |" for split, count in meta["counts"].items())

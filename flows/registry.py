@@ -9,13 +9,12 @@ model and not of its row's seeds: they choose what to serve, and are no estimate
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
+import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +26,15 @@ from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, Schema
 
 from flows import workspace
+from mim_core.locks import held
 
 Kind = Literal["encoder", "model"]
 CHAMPION = "champion"
 SAME = ("metric", "test_digest")
 """Tags in which two versions must agree before their test scores are compared."""
 MOVES = 5
+PATIENCE_SECONDS = 120.0
+"""How long others may take to judge a version."""
 FILES = {"encoder": "served_encoder.py", "model": "served_task.py"}
 
 
@@ -78,9 +80,11 @@ def compete(client: MlflowClient, name: str, version: str, lock: Path) -> str:
     """Move the alias `champion` to a version that beats the one it stands at; gives the verdict, a tag of it from then.
 
     Where no champion stands there is none to beat. Of two that finish at once the second sees what the first has done:
-    on one machine `lock` sees to it; on another the alias is read again after it is moved, and judged anew.
+    on one machine `lock` sees to it; on another the alias is read again after it is moved, and judged anew. Raises
+    HeldError where others do not let go of it.
     """
-    with _locked(lock):
+    end = time.monotonic() + PATIENCE_SECONDS
+    with held(lock, f"the champion of {name}", lambda: time.monotonic() > end):
         new = client.get_model_version(name, version)
         verdict = str(new.tags.get("verdict", ""))
         for _ in range(MOVES):
@@ -187,14 +191,6 @@ def _outputs(answers: list[dict[str, Any]]) -> Schema | None:
         return infer_signature(answers, answers).outputs
     except MlflowException:
         return None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file is closed, by a kill too
-        yield
 
 
 def _width(about: Mapping[str, Any]) -> int:

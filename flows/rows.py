@@ -38,6 +38,12 @@ def needs(row: str) -> list[str]:
     return found
 
 
+def sizes() -> dict[str, dict[str, int]]:
+    """Give the bytes of each row's `weights` and of its `checkpoint`, by `section.row`; raises UserError, as `load`."""
+    found: dict[str, dict[str, int]] = _load()["sizes"]
+    return found
+
+
 def points(ablation: str) -> list[dict[str, Any]]:
     """Give an ablation's points: `label`, `values` by path, the whole `row`, and whether it is the `baseline`.
 

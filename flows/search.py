@@ -8,12 +8,10 @@ images, once.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import queue
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -334,7 +332,7 @@ def search(name: str) -> None:
     (judge,) = rows.judges("search", name).values()
     key = study_key(stage, judge)
     state = workspace.home() / "optuna" / f"{name}-{key[:12]}"
-    with alone(state, name):
+    with stage.alone(state / "lock"):
         count = slots()
         workers = Workers(count, max(1, cores() // count), f"search-{name}", stage.spans)
         from flows.tracking import Record  # imported while the workers import torch
@@ -354,7 +352,7 @@ def search(name: str) -> None:
         finally:
             for one in list(course.running.values()):
                 course.leave(one)
-    stage.close()
+        stage.close()
 
 
 def explore(bench: Bench) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
@@ -405,18 +403,6 @@ def study_key(stage: Stage, judge: Row) -> str:
     row = {key: value for key, value in stage.params.items() if key not in ends}
     base = rows.find(stage.rows, ("pretrain", "pretrain_fitted"), stage.params["base"])
     return workspace.digest([row, base, judge, stage.data, workspace.code_fingerprint()])
-
-
-@contextmanager
-def alone(state: Path, name: str) -> Iterator[None]:
-    """Hold a study alone on this machine; raises UserError where another process has it."""
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise workspace.UserError(f"search {name}: another process runs it; wait for its end, or stop it") from None
-        yield
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def _start(name: str, port: int) -> int:
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"
         }
         environment |= {"PREFECT_SERVER_SERVICES_REPOSSESSOR_LOOP_SECONDS": "5"}
-        command = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
+        command = ["flows.prefect_server", str(port)]
     else:
         (home / "mlflow").mkdir(parents=True, exist_ok=True)
         command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]

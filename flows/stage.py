@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import psutil
 from flows import data, janitor, rows, workspace
 from flows.workers import JobDiedError, Span, StoppedError
 from mim_core.files import read_curve, write_atomically
+from mim_core.locks import HeldError, held
 
 _over = threading.Event()
 """This process's stage has come to its end."""
@@ -111,6 +112,24 @@ class Stage:
         self.state.mkdir(parents=True, exist_ok=True)
         self.spans: list[Span] = []
 
+    @contextmanager
+    def alone(self, *further: Path) -> Iterator[None]:
+        """Hold the work, which its key names, and the row's place below runs/; `further` locks beside them.
+
+        Raises UserError where another process has one: two would write the same files and record the same run.
+        """
+        # Outside the job's folder, which goes at the end; experiments have places of their own, and one home.
+        locks, place = workspace.home() / "locks", workspace.digest([str(workspace.root()), self.name, self.row])
+        names = (self.state.name, f"{self.name}-{self.row}-in-{place[:16]}")
+        try:
+            with ExitStack() as stack:
+                for path in (*(locks / name for name in names), *further):
+                    stack.enter_context(held(path, f"{self.name} {self.row}"))
+                self.state.mkdir(parents=True, exist_ok=True)  # one that was there before may have dropped it
+                yield
+        except HeldError as error:
+            raise workspace.UserError(str(error)) from None
+
     @property
     def parents(self) -> list[str]:
         """The runs that this one builds on."""
@@ -182,16 +201,18 @@ def died(task: Any, run: Any, state: Any) -> bool:
     return False
 
 
-def command(name: str, check: Callable[[str], object], run: Callable[[str], object]) -> None:
+def command(name: str, check: Callable[[str], Stage], run: Callable[[str], object]) -> None:
     """Run a stage from the command line: `python -m flows.<stage> ROW`.
 
-    `check` comes before the flow begins, so that a user's error leaves no failed run behind and shows no traceback.
+    `check` comes before the flow begins, so that a user's error leaves no failed run behind and shows no traceback;
+    so does the question whether another process runs the same row.
     """
     if len(sys.argv) != 2:
         raise SystemExit(f"usage: python -m flows.{name} ROW")
     with interruptible(f"{name} {sys.argv[1]}"):
         try:
-            check(sys.argv[1])
+            with check(sys.argv[1]).alone():
+                pass
             with outliving_prefect(f"{name} {sys.argv[1]}"):
                 run(sys.argv[1])
         except workspace.UserError as error:

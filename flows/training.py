@@ -95,7 +95,16 @@ def show(stage: Stage, training: Training, record: Any, folder: Path, result: di
 
 
 def run(stage: Stage, training: Training, **wiring: Any) -> None:
-    """Train a checked stage's row; `wiring` is what its job needs beside the row, the pack, the folder and the seed."""
+    """Train a checked stage's row; `wiring` is what its job needs beside the row, the pack, the folder and the seed.
+
+    Raises UserError where another process runs it.
+    """
+    with stage.alone():
+        _run(stage, training, wiring)
+        stage.close()
+
+
+def _run(stage: Stage, training: Training, wiring: Mapping[str, Any]) -> None:
     workers = Workers(1, cores(), f"{stage.name}-{stage.row}", stage.spans)
     from flows.tracking import Record  # imported while the worker imports torch
 
@@ -111,4 +120,3 @@ def run(stage: Stage, training: Training, **wiring: Any) -> None:
     except BaseException as error:
         record.fail(error)
         raise
-    stage.close()

@@ -48,7 +48,10 @@ def words(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, (int, float)):
-        return f"{value:g}"
+        try:
+            return f"{value:g}"
+        except OverflowError:
+            return "a number beyond all floats"
     if isinstance(value, Mapping):
         inner = ", ".join(f"{key} {words(one)}" for key, one in value.items() if key != "name")
         name = str(value.get("name", ""))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -132,10 +133,21 @@ def damage(checkpoint: Path) -> str:
 
 
 def load(checkpoint: Path) -> Loaded:
-    """Read a checkpoint as it is: `about`, weights, optimisers' states."""
+    """Read a checkpoint as it is: `about`, weights, optimisers' states.
+
+    Raises ValueError where a file holds anything but tensors and plain values; nothing of it is run.
+    """
     about = json.loads((checkpoint / "state.json").read_text())
     weights, _ = read_weights(checkpoint / "weights.safetensors")
-    optimisers = torch.load(checkpoint / "optimisers.pt", map_location="cpu", weights_only=True)
+    file = checkpoint / "optimisers.pt"
+    try:
+        optimisers = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        found = " ".join(str(error).split()).partition("(1)")[0]
+        raise ValueError(
+            f"{file}: refused, and nothing of it was run: a checkpoint holds tensors and plain values only ({found}); "
+            f"it is not what was written; delete {checkpoint} and run again"
+        ) from None
     return about, weights, optimisers
 
 
@@ -160,6 +172,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("unmask", "{}"))
+            if not isinstance(about, dict):
+                raise ValueError("its header's `unmask` is no mapping")
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
     except FileNotFoundError:
         raise

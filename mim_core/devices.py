@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,23 @@ def _cpu_multiplies_bf16() -> bool:
     cpu: Any = torch.cpu
     probes = [getattr(cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     return any(probe() for probe in probes if probe)
+
+
+@contextlib.contextmanager
+def unreal() -> Iterator[None]:
+    """Build where nothing takes memory, on torch's meta device; raises ValueError where no tensor has such a size."""
+    try:
+        with torch.device("meta"):
+            yield
+    except (OverflowError, RuntimeError, MemoryError, TypeError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"found sizes that no tensor can have ({said}); take smaller ones") from None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory, or the machine's, is full."""
+    said = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def describe(compute: Compute) -> dict[str, Any]:

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+MOST_CELLS = 2**18
+"""Of an image: what masks, positions and relations between them are computed for."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -24,6 +27,11 @@ class Grid:
     patch_px: int
 
     def __post_init__(self) -> None:
+        if self.height * self.width > MOST_CELLS * self.patch_px**2:
+            raise ValueError(
+                f"image: found {self.height} x {self.width} px in cells of {self.patch_px} px; an image may have "
+                f"{MOST_CELLS:,} at most; take a larger patch_px or a smaller size_px"
+            )
         for name, side in (("height", self.height), ("width", self.width)):
             if side % self.patch_px:
                 raise ValueError(

@@ -30,6 +30,10 @@ Table = Mapping[str, Callable[..., Any]]
 Model = typing.TypeVar("Model", bound=BaseModel)
 
 
+SHOWN = 200
+"""Characters of a wrong value that a message shows."""
+
+
 class SpecError(ValueError):
     """Params that cannot run; the message lists every fault, one a line, as `where: found; rule; what to do`."""
 
@@ -112,14 +116,17 @@ def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-_Positive = typing.Annotated[int, Field(gt=0)]
+_Side = typing.Annotated[int, Field(gt=0, le=2**15)]
 
-Pair = typing.Annotated[tuple[_Positive, _Positive], BeforeValidator(pair)]
+Pair = typing.Annotated[tuple[_Side, _Side], BeforeValidator(pair)]
 """(height, width) in px; one number stands for a square."""
 
+Depth = typing.Annotated[int, Field(gt=0, le=1000)]
+"""A number of blocks or layers: a row that asks for a million of them is checked by building them."""
+
 Counts = typing.Annotated[
-    tuple[_Positive, ...],
-    Field(min_length=1),
+    tuple[Depth, ...],
+    Field(min_length=1, max_length=32),
     BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
 ]
 """A positive number for each stage, which YAML writes as a list."""
@@ -138,6 +145,15 @@ def check(model: type[Model], value: Any, where: str) -> Model:
     except ValidationError as error:
         faults = [_explain(model, value, fault, where) for fault in error.errors()]
         raise SpecError("\n".join(faults)) from None
+
+
+def shown(value: Any) -> str:
+    """Give a wrong value for a message, of which a long one has the beginning only."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python writes, or depth
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -159,9 +175,9 @@ def _explain(model: type[BaseModel], value: Any, fault: Any, where: str) -> str:
         names = [name.strip(" '") for name in context["expected_tags"].split(",")]
         return f"{path}.name: '{context['tag']}' is not one of {names}{nearest(context['tag'], names)}"
     if kind in {"union_tag_not_found", "model_attributes_type"}:
-        return f"{path}: found {found!r}; it must be a name, or a mapping with the key 'name'"
+        return f"{path}: found {shown(found)}; it must be a name, or a mapping with the key 'name'"
     if kind == "model_type":
-        return f"{path}: found {found!r}; it must map keys to values"
+        return f"{path}: found {shown(found)}; it must map keys to values"
     if kind == "value_error":
         return f"{path}: {context['error']}"
     rule = fault["msg"].replace("Input should", "must").replace("input should", "must")
@@ -169,7 +185,7 @@ def _explain(model: type[BaseModel], value: Any, fault: Any, where: str) -> str:
     if isinstance(found, str) and _is_number(found):
         plain = f"as a plain number with a point, such as {float(found):.1e} (YAML reads 1e-4 as text)"
         hint = f"; write it {plain if 'e' in found.lower() else 'without quotes'}"
-    return f"{path}: found {found!r}; {rule}{hint}"
+    return f"{path}: found {shown(found)}; {rule}{hint}"
 
 
 def _is_number(text: str) -> bool:

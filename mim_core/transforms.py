@@ -41,7 +41,7 @@ class RandAugment(Strict):
 
     magnitude: Annotated[int, Field(ge=0, le=10)] = 9
     deviation: Annotated[float, Field(ge=0, le=10)] = 0.5
-    operations: Annotated[int, Field(gt=0)] = 2
+    operations: Annotated[int, Field(gt=0, le=100)] = 2
     increasing: bool = True
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:

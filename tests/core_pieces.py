@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from mim_core.data.pack import Pack, Sample, Source, open_pack, write
 from mim_core.params import DownstreamRow, PretrainRow, TargetRow
@@ -76,6 +77,22 @@ SEARCH = {
     "seeds": [1],
 }
 
+TUNED = {**{key: value for key, value in CLASSIFY.items() if key != "encoder"}, "init": "one"}
+FILES: dict[str, dict[str, Any]] = {
+    "data.yaml": {"data": {"tiny": {"source": {"name": "scenes", "size_px": [32, 48]}},
+                           "mine": {"source": {"name": "coco", "size_px": 32}}}},
+    "targets.yaml": {"targets": {"codes": TARGET, "colours": PALETTE}},
+    "pretrain.yaml": {"pretrain_fitted": {"two": FITTED}, "pretrain": {"one": PRETRAIN}},
+    "downstream.yaml": {
+        "baselines": {"fresh": CLASSIFY}, "supervised": {"theirs": {**TUNED, "init": "weights/a.pth"}},
+        "downstream": {"tuned": TUNED}, "continued": {"again": {**TUNED, "init": "tuned"}},
+    },
+    "ablations.yaml": {"ablations_fitted": {"codes": {**ABLATION, "base": "two"}}, "ablations": {"ratio": ABLATION}},
+    "search.yaml": {"search_fitted": {"codes": {**SEARCH, "base": "two", "space": {"mask.ratio": [0.3, 0.6]}}},
+                    "search": {"recipe": SEARCH}},
+}  # fmt: skip
+"""Valid rows of each section, for the dataset `tiny`."""
+
 
 def source(size: tuple[int, int] = (16, 16), channels: int = 3, classes: int = 4, objects: bool = False) -> Source:
     """Noise over a slope whose brightness tells the class; with `objects`, a rectangle of each image counts as one."""
@@ -132,3 +149,11 @@ def send(process: subprocess.Popen[str], job: Mapping[str, Any]) -> None:
     assert process.stdin
     process.stdin.write(json.dumps(job) + "\n")
     process.stdin.flush()
+
+
+def write_rows(root: Path) -> Path:
+    """Write FILES as a folder of params; gives it."""
+    (root / "params").mkdir(exist_ok=True)
+    for name, content in FILES.items():
+        (root / "params" / name).write_text(yaml.safe_dump(content, sort_keys=False))
+    return root / "params"

@@ -40,6 +40,7 @@ from mim_core.data.pack import Pack, label_budget, open_pack
 from mim_core.files import read_curve
 from mim_core.grid import Grid
 from mim_core.jobs import downstream, fit_target, perform, pretrain
+from mim_core.locks import HeldError
 from mim_core.masks import MASKS
 from mim_core.params import PretrainRow, TargetRow
 from mim_core.pretext import MaskedFetch
@@ -386,7 +387,7 @@ def test_two_processes_do_not_work_in_one_folder(
     send(servers[0], job("pretrain", pack, tmp_path, optim={**OPTIM, "epochs": 2000}))
     wait_for_step(tmp_path, 1)
     monkeypatch.setattr("mim_core.jobs.STOP_SECONDS", 0.1)
-    with pytest.raises(ValueError, match="another process works on this job"):
+    with pytest.raises(HeldError, match=r"this job: process [0-9]+ on host .* has it since"):
         perform(job("pretrain", pack, tmp_path))
     send(servers[0], {"stop": True})
     assert answer(servers[0])["stopped"] > 0

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mim_core.grid import Grid, Level, no_taps
+from mim_core.spec import Depth
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -110,7 +111,7 @@ class Conv(ConvNet):
         channels: int,
         *,
         base: Count = 64,
-        layers: Count = 5,
+        layers: Depth = 5,
         bottleneck: Count = 4000,
     ) -> None:
         """Build for images of `size` (height, width) px.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mim_core.grid import Grid, Level
 from mim_core.positions import sincos
+from mim_core.spec import Depth
 
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -53,7 +54,7 @@ class ViT(nn.Module):
         *,
         patch_px: Count = 16,
         width: Count = 768,
-        depth: Count = 12,
+        depth: Depth = 12,
         heads: Count = 12,
         mlp_ratio: Annotated[float, Field(gt=0)] = 4.0,
         positions: Positions = "learned",

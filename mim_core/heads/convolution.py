@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mim_core.grid import Entries, Grid, patchify
 from mim_core.heads.head import Count, Head, all_present
+from mim_core.spec import Depth
 
 
 class ChannelwiseDecoder(Head):
@@ -41,7 +42,7 @@ class ChannelwiseDecoder(Head):
         features: tuple[int, int] | None = None,
         *,
         base: Count = 64,
-        layers: Count | None = None,
+        layers: Depth | None = None,
         norm: Literal["batch", "none"] = "batch",
         final: Literal["none", "tanh"] = "none",
         region: Literal["whole", "centre"] = "whole",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mim_core.grid import Entries, Grid
 from mim_core.heads.head import Count, Head, one_each
 from mim_core.positions import sincos
+from mim_core.spec import Depth
 
 
 class TransformerDecoder(Head):
@@ -38,7 +39,7 @@ class TransformerDecoder(Head):
         features: tuple[int, int] | None = None,
         *,
         width: Count = 512,
-        depth: Count = 8,
+        depth: Depth = 8,
         heads: Count = 16,
         mlp_ratio: Annotated[float, Field(gt=0)] = 4.0,
         init: Literal["timm", "xavier"] = "xavier",

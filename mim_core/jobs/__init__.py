@@ -14,7 +14,6 @@ same way and ends, after STOP_SECONDS at most.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import queue
@@ -23,8 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from mim_core.jobs.downstream import downstream
 from mim_core.jobs.fit_target import fit_target
 from mim_core.jobs.pretrain import pretrain
 from mim_core.jobs.run import STOP
+from mim_core.locks import held
 from mim_core.params import DownstreamRow, PretrainRow, TargetRow
 from mim_core.spec import check
 from mim_core.train import StoppedError
@@ -49,11 +48,13 @@ def perform(job: Mapping[str, Any]) -> dict[str, Any]:
     """Run a job as it comes over the wire: `kind`, `row`, `pack`, `folder`, `seed`; for pretrain `fitted`
     and, where it is probed, `probe`; for downstream `lr`, `init`, `test`.
 
-    Raises StoppedError where it was asked to stop, ValueError where another process does not leave its folder.
+    Raises StoppedError where it was asked to stop, HeldError where another process does not leave its folder: one whose
+    parent was killed may still be writing its last checkpoint there.
     """
     pack, folder, seed = open_pack(Path(job["pack"])), Path(job["folder"]), job["seed"]
     torch.set_num_threads(job["threads"])
-    with _alone(folder):
+    end = time.monotonic() + 2 * STOP_SECONDS
+    with held(folder / "worker.lock", f"{folder}: this job", lambda: time.monotonic() > end):
         if job["kind"] == "fit_target":
             return fit_target(check(TargetRow, job["row"], "row"), pack, folder, seed)
         if job["kind"] == "pretrain":
@@ -61,23 +62,6 @@ def perform(job: Mapping[str, Any]) -> dict[str, Any]:
             return pretrain(check(PretrainRow, job["row"], "row"), pack, folder, seed, fitted, job.get("probe"))
         row = check(DownstreamRow, job["row"], "row")
         return downstream(row, pack, folder, seed, job["lr"], job["init"], job["test"])
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a job's folder: a process whose parent was killed may still be writing its last checkpoint there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 2 * STOP_SECONDS
-    with (folder / "worker.lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise ValueError(f"{folder}: another process works on this job; wait for it, or stop it") from None
-                time.sleep(0.1)
-        yield
 
 
 def main() -> None:

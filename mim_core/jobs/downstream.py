@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mim_core import checkpoint, devices, published
@@ -17,7 +19,7 @@ from mim_core.encoders import ENCODERS
 from mim_core.encoders.interpolate import adapt
 from mim_core.jobs.run import Run, about, player, result
 from mim_core.params import DownstreamRow, EncoderOf
-from mim_core.spec import Piece, build, check
+from mim_core.spec import Pair, Piece, Strict, build, check
 from mim_core.tasks import TASKS
 from mim_core.tasks.task import Facts, sight, tuned
 from mim_core.train import Scalars
@@ -125,8 +127,7 @@ def begin(file: Path) -> Begin:
         if "encoder" in said:
             piece = check(EncoderOf, {"encoder": said["encoder"]}, str(file)).encoder
             inner = {name.removeprefix("encoder."): one for name, one in weights.items() if name.startswith("encoder.")}
-            colours = tuple(said["mean"]), tuple(said["std"])
-            return Begin(piece, inner or weights, tuple(said.get("sees", said["size"])), colours)
+            return _own(file, piece, inner or weights, said)
     name = str(file)
     if name.startswith(published.PREFIX):
         found = published.from_timm(name.removeprefix(published.PREFIX))
@@ -135,3 +136,31 @@ def begin(file: Path) -> Begin:
     if found.pieces.encoder is None:
         raise ValueError(f"{file}: found {found.family}; it has no encoder; a task begins from an encoder")
     return Begin(found.pieces.encoder, dict(found.weights["encoder"]), found.size, found.colours, found.notes)
+
+
+class _Said(Strict):
+    """What the header of a file of an encoder says of the images that it was trained on."""
+
+    size: Pair
+    channels: Annotated[int, Field(gt=0, le=1024)]
+    mean: list[float]
+    std: list[float]
+
+
+def _own(file: Path, piece: Piece, weights: dict[str, Tensor], said: Mapping[str, Any]) -> Begin:
+    """Take the encoder of a file of ours; raises ValueError where its header does not fit its weights."""
+    about = {key: said.get(key) for key in ("channels", "mean", "std")}
+    seen = check(_Said, {**about, "size": said.get("sees", said.get("size"))}, f"{file}: header")
+    try:
+        # A header may name something that takes all memory.
+        with devices.unreal():
+            shapes = {
+                name: one.shape for name, one in build(ENCODERS, piece, seen.size, seen.channels).named_parameters()
+            }
+    except ValueError as error:
+        raise ValueError(f"{file}: encoder: {error}") from None
+    if wrong := [name for name, shape in shapes.items() if name not in weights or weights[name].shape != shape]:
+        raise ValueError(
+            f"{file}: its header says the encoder '{piece.name}', and {wrong[0]} is another's; run it again"
+        )
+    return Begin(piece, weights, seen.size, (tuple(seen.mean), tuple(seen.std)))

@@ -119,6 +119,14 @@ def load_tokenizer(path: Path, channels: int) -> nn.Module:
     """Build the tokenizer that a file of weights holds, ready to use; raises ValueError, SpecError."""
     weights, said = checkpoint.read_weights(path)
     piece = check(TokenizerOf, {"tokenizer": said.get("tokenizer")}, str(path)).tokenizer
+    try:
+        # A header may name something that takes all memory.
+        with devices.unreal():
+            shapes = {name: one.shape for name, one in build(TOKENIZERS, piece, channels).state_dict().items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: tokenizer: {error}") from None
+    if shapes != {name: one.shape for name, one in weights.items()}:
+        raise ValueError(f"{path}: its header says '{piece.name}', and its weights are of something else; fit it again")
     tokenizer: nn.Module = build(TOKENIZERS, piece, channels)
     tokenizer.load_state_dict(weights)
     return tokenizer.eval().requires_grad_(False)

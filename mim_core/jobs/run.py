@@ -42,6 +42,10 @@ class Stop:
 STOP = Stop()
 
 
+class MemoryFullError(RuntimeError):
+    """A device's memory, or the machine's, does not hold what a row asks for."""
+
+
 @dataclass
 class Run:
     """The files of a job while it trains."""
@@ -59,6 +63,8 @@ class Run:
     """How often the rate is halved in the steps from one report (the key: steps done) to the next."""
     first: dict[str, Tensor] = field(default_factory=dict)
     """What the weights were before any step, until there is a checkpoint to go back to."""
+    judging: bool = False
+    """Whether the run is in an evaluation at present."""
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, cut the curve back to it, and give the steps done."""
@@ -124,7 +130,8 @@ class Run:
         the last report at half the rate; then at a quarter, with those since the report before, as the harm may lie
         there; and so on, TRIES times at most. Which steps are slow depends on neither checkpoints nor the clock.
 
-        Raises StoppedError where `STOP` asks for it, after a checkpoint; NonFiniteLossError after the last try.
+        Raises StoppedError where `STOP` asks for it, after a checkpoint; NonFiniteLossError after the last try;
+        MemoryFullError, which says which keys to set.
         """
         start = self.resume()
         if not start:
@@ -140,6 +147,26 @@ class Run:
                 return
             except NonFiniteLossError as error:
                 start = self._back(error, order, every)
+            except (RuntimeError, MemoryError) as error:
+                if not devices.out_of_memory(error):
+                    raise
+                raise MemoryFullError(self._full(str(error), order.batch)) from error
+
+    def _full(self, said: str, batch: int) -> str:
+        """Say what was too much for the memory, and what to set."""
+        # Halving the batch here would not be the same training: losses are means over what a whole batch hides, and
+        # batch norms, mixing and critics see the batch at once. So it is the row's to say.
+        first = (said.strip().splitlines() or ["full"])[0]
+        mend = (
+            "set precision: bf16 where the device has it, or take a smaller encoder, larger patches or smaller images"
+        )
+        if self.judging:
+            found = "an evaluation"
+        else:
+            found = f"a step of {batch} images"
+            mend = f"lower optim.batch (a rate given as base_lr goes with it, one given as lr does not), {mend}"
+        other = "where something else fills it, end that, and the same command goes on from the last checkpoint"
+        return f"{self.folder}: the memory does not hold {found} ({first}); {mend}; {other}"
 
     def _rate(self, rate: Callable[[int], float], every: int, step: int) -> float:
         tries = self.slowed.get(step - step % every, 0)
@@ -203,7 +230,10 @@ class Run:
             with ExitStack() as stack:
                 for average in averages:
                     stack.enter_context(average.worn())
-                return evaluate(step)
+                self.judging = True
+                scalars = evaluate(step)
+                self.judging = False
+                return scalars
 
         train(
             objective,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mim_core.changes import changed
 from mim_core.params.points import candidates, points
-from mim_core.params.relations import fits, judges, needs, size_of, trained
+from mim_core.params.relations import fits, judges, needs, size_of, sizes, trained
 from mim_core.params.rows import AblationRow, DownstreamRow, PretrainRow, SearchRow
 from mim_core.spec import SpecError, check, nearest
 
@@ -91,7 +91,7 @@ def judge(params: Params, name: str, changes: Mapping[str, Any], where: str, dat
 
 def derived(params: Params) -> dict[str, Any]:
     """Give what follows from checked rows, as plain values: which annotations each downstream row `needs` one of, the
-    `points` of each ablation, and the whole `judges` of each ablation and search.
+    `sizes` of each row's files, the `points` of each ablation, and the whole `judges` of each ablation and search.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for name, row in params.ablated().items():
@@ -107,7 +107,7 @@ def derived(params: Params) -> dict[str, Any]:
         key: {name: judge(params, name, one, name, data).model_dump(mode="json") for name, one in judges_of.items()}
         for key, (judges_of, data) in given.items()
     }
-    return {"needs": needs(params), "points": found, "judges": whole}
+    return {"needs": needs(params), "sizes": sizes(params), "points": found, "judges": whole}
 
 
 def _judged(

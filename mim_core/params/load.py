@@ -12,7 +12,7 @@ from pydantic import Field
 from mim_core.params.laboratory import laboratory
 from mim_core.params.relations import relations
 from mim_core.params.rows import AblationRow, DataRow, DownstreamRow, PretrainRow, SearchRow, TargetRow
-from mim_core.spec import SpecError, Strict, check
+from mim_core.spec import SHOWN, SpecError, Strict, check, shown
 
 
 class Params(Strict):
@@ -64,6 +64,10 @@ RECIPES: dict[str, Sections] = {
     "recipes.yaml": ("data", "targets", "pretrain_fitted", "pretrain", "baselines", "supervised", "downstream")
 }
 ROW_NAME = "abcdefghijklmnopqrstuvwxyz0123456789_-"
+LONGEST = 100
+"""Characters of a row's name, which names folders and files."""
+MOST_VALUES = 100_000
+"""Values of a file, those that aliases repeat counted each time."""
 MODELS: dict[str, type[Strict]] = {
     "data": DataRow,
     "targets": TargetRow,
@@ -97,10 +101,9 @@ def _load(folder: Path, files: Mapping[str, Sections]) -> Params:
             places[section] = f"{folder.name}/{name}: {section}"
             for key, value in content[section].items():
                 where = f"{places[section]}.{key}"
-                if not isinstance(key, str) or not key or set(key) - set(ROW_NAME):
-                    faults.append(
-                        f"{where}: a row's name may hold lower-case letters, digits, '_' and '-' only; rename it"
-                    )
+                if not isinstance(key, str) or not key or set(key) - set(ROW_NAME) or len(key) > LONGEST:
+                    rule = "a row's name may hold lower-case letters, digits, '_' and '-' only"
+                    faults.append(f"{places[section]}.{_name(key)}: {rule}, {LONGEST} at most; rename it")
                     continue
                 try:
                     rows[section][key] = check(MODELS[section], value, where)
@@ -115,7 +118,18 @@ def _load(folder: Path, files: Mapping[str, Sections]) -> Params:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error: the first of two rows of one name would be lost in silence."""
+    """Plain YAML: no tag makes an object, aliases repeat so much and no more, and a key that stands twice is an error,
+    as the first of two rows of one name would be lost in silence."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _count(node, {})
+        return node
+
+    def refuse(self, node: yaml.Node) -> None:
+        problem = f"the tag '{node.tag}' asks for an object; rows hold text, numbers, lists and mappings; delete it"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -128,6 +142,26 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_constructor(None, _Loader.refuse)  # type: ignore[arg-type]
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count a node's values as often as aliases repeat them: a few lines can stand for more than memory holds."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # until it is counted: a node that holds itself has no end
+        inner = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
+        parts = [] if isinstance(node, yaml.ScalarNode) else inner
+        known[id(node)] = 1 + sum(_count(one, known) for one in parts)
+    if known[id(node)] > MOST_VALUES:
+        problem = f"found more than {MOST_VALUES:,} values, those that aliases repeat counted each time; write less"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return known[id(node)]
+
+
+def _name(key: Any) -> str:
+    return key[:SHOWN] if isinstance(key, str) and key.isprintable() else shown(key)
+
+
 def _read(path: Path, sections: Sections, faults: list[str]) -> dict[str, dict[str, Any]]:
     where = f"{path.parent.name}/{path.name}"
     empty: dict[str, dict[str, Any]] = {section: {} for section in sections}
@@ -136,15 +170,19 @@ def _read(path: Path, sections: Sections, faults: list[str]) -> dict[str, dict[s
     except FileNotFoundError:
         faults.append(f"{where}: the file is missing; restore it with `git checkout {where}`")
         return empty
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        faults.append(f"{where}: not valid YAML: it is nested too deeply; write it flatter")
+        return empty
+    # Others than YAMLError: of what claims to be a date, a number or a truth value and is none.
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError) as error:
         faults.append(f"{where}: not valid YAML: {' '.join(str(error).split())}")
         return empty
     if not isinstance(content, dict) or set(content) != set(sections):
         found = sorted(map(str, content)) if isinstance(content, dict) else content
-        faults.append(f"{where}: found {found!r} at the top; it must hold exactly {list(sections)}")
+        faults.append(f"{where}: found {shown(found)} at the top; it must hold exactly {list(sections)}")
         return empty
     for section in sections:
         if not isinstance(content[section], dict):
-            faults.append(f"{where}: {section}: found {content[section]!r}; it must map row names to rows")
+            faults.append(f"{where}: {section}: found {shown(content[section])}; it must map row names to rows")
             return empty
     return content

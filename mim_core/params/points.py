@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from mim_core.changes import Changes, changed, label, value_at, words
 from mim_core.params.rows import AblationRow, PretrainRow, Scale, SearchRow
 from mim_core.spec import SpecError, check
 
+MOST = 1000
+"""Points of a grid."""
 BASE = "as it stands"
 """What a baseline is called where the points of its ablation have names of their own."""
 
@@ -30,6 +33,10 @@ def settings(ablation: AblationRow) -> dict[str, Changes]:
         return dict(ablation.points)
     axes = ablation.grid if ablation.grid is not None else ablation.zip
     assert axes is not None, "held by the validator"
+    if ablation.grid is not None and math.prod(map(len, axes.values())) > MOST:
+        raise ValueError(
+            f"grid: found {math.prod(map(len, axes.values())):,} points; {MOST:,} at most; give fewer values"
+        )
     values = itertools.product(*axes.values()) if ablation.grid is not None else zip(*axes.values(), strict=True)
     each = [dict(zip(axes, one, strict=True)) for one in values]
     found: dict[str, Changes] = {label(one): one for one in each}

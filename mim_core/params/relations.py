@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mim_core.devices import Compute
+from mim_core.adversarial import Critic
+from mim_core.devices import Compute, unreal
 from mim_core.encoders import ENCODERS
 from mim_core.losses import CLASS_LOSSES
 from mim_core.masks import MASKS, generator
-from mim_core.params.rows import DownstreamRow, PretrainRow, TargetRow
+from mim_core.params.rows import DownstreamRow, FineTune, PretrainRow, TargetRow
 from mim_core.pretext import assemble
 from mim_core.spec import Piece, bind, build, nearest
 from mim_core.tasks import TASKS
@@ -92,7 +93,7 @@ def size_of(params: Params, data: str) -> tuple[int, int]:
 def _fitting(row: TargetRow, size: tuple[int, int] | None) -> Iterator[str]:
     """Check a tokenizer's row."""
     try:
-        with torch.device("meta"):
+        with unreal():
             tokenizer = build(TOKENIZERS, row.tokenizer, CHANNELS)
     except ValueError as error:
         yield f"tokenizer: {error}"
@@ -131,7 +132,7 @@ def fits(row: PretrainRow, size: tuple[int, int], params: Params) -> list[str]:
         return faults
     neutral = (0.5,) * CHANNELS
     try:
-        with torch.device("meta"):
+        with unreal():
             tokenizer = build(TOKENIZERS, params.targets[row.fitted].tokenizer, CHANNELS) if row.fitted else None
             model, target = assemble(row, size, CHANNELS, neutral, neutral, tokenizer)
     except ValueError as error:
@@ -268,7 +269,7 @@ def _task(row: DownstreamRow, piece: Piece, size: tuple[int, int]) -> Any:
     """Build a row's task for classes that nobody knows yet, where it takes no memory; raises ValueError."""
     neutral = (0.5,) * CHANNELS
     facts = Facts(size, CHANNELS, neutral, neutral, NEUTRAL_CLASSES, NEUTRAL_CLASSES, ())
-    with torch.device("meta"):
+    with unreal():
         encoder = build(ENCODERS, piece, sight(row.task, size), CHANNELS)
         return build(TASKS, row.task, encoder, facts, Compute(torch.device("meta"), False))
 
@@ -286,9 +287,47 @@ def needs(params: Params) -> dict[str, list[str]]:
     return found
 
 
+def sizes(params: Params) -> dict[str, dict[str, int]]:
+    """Give what each row leaves on the disk, by `section.row`: bytes of its `weights`, and of a `checkpoint`.
+
+    Rows that begin from a file of weights are not there: the file tells their encoder.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for name, target in params.targets.items():
+        with unreal():
+            found[f"targets.{name}"] = _bytes(build(TOKENIZERS, target.tokenizer, CHANNELS), target.optim)
+    neutral = (0.5,) * CHANNELS
+    for section in ("pretrain_fitted", "pretrain"):
+        for name, row in getattr(params, section).items():
+            size = size_of(params, row.data)
+            with unreal():
+                tokenizer = build(TOKENIZERS, params.targets[row.fitted].tokenizer, CHANNELS) if row.fitted else None
+                model, target = assemble(row, size, CHANNELS, neutral, neutral, tokenizer)
+                # At most: of a hole the critic is as large as the hole, which the masks tell.
+                critic = Critic(size, target.entries.depth, row.adversarial.base) if row.adversarial else None
+            found[f"{section}.{name}"] = _bytes(model, row.optim, critic)
+    for section in STARTS:
+        for name, one in getattr(params, section).items():
+            if piece := _encoder(one, params):
+                task = _task(one, tuned(piece, one.drop_path, one.window), size_of(params, one.data))
+                found[f"{section}.{name}"] = _bytes(task.model, one.optim)
+    return found
+
+
+def _bytes(model: torch.nn.Module, optim: FineTune | None, critic: torch.nn.Module | None = None) -> dict[str, int]:
+    """Bytes of a model's weights and of a checkpoint: what is trained has its optimiser's state, and an average."""
+    players = [one for one in (model, critic) if one is not None]
+    frozen = sum(p.nbytes for one in players for p in one.parameters() if not p.requires_grad)
+    held = sum(tensor.nbytes for one in players for tensor in one.state_dict().values()) - frozen
+    trained = sum(p.nbytes for one in players for p in one.parameters() if p.requires_grad)
+    copies = ((2 if optim.optimiser.name == "adamw" else 1) + (optim.ema is not None)) if optim else 0
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    return {"weights": weights, "checkpoint": held + trained * copies if optim else 0}
+
+
 def _fault_of(encoder: Piece, size: tuple[int, int], where: str) -> list[str]:
     try:
-        with torch.device("meta"):
+        with unreal():
             build(ENCODERS, encoder, size, CHANNELS)
     except ValueError as error:
         return [f"{where}: {error}"]

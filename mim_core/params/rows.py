@@ -17,7 +17,7 @@ from mim_core.heads import HEADS
 from mim_core.losses import LOSSES
 from mim_core.masks import MASKS
 from mim_core.optim import OPTIMISERS, SCHEDULES
-from mim_core.spec import OneOf, Piece, Strict, check, pair
+from mim_core.spec import OneOf, Piece, Strict, check, pair, shown
 from mim_core.targets import TARGETS
 from mim_core.tasks import TASKS
 from mim_core.tokenizers import TOKENIZERS
@@ -36,8 +36,8 @@ class FineTune(Strict):
     """An optimiser under warm-up and a schedule; the rate comes from a grid."""
 
     batch: Whole
-    epochs: Positive
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    epochs: Annotated[float, Field(gt=0, le=1e6)]
+    warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     warmup_from: Share = 0.0
     """The first learning rate as a share of the peak."""
     schedule: Annotated[Piece, OneOf(SCHEDULES), Field(validate_default=True)] = "cosine"  # type: ignore[assignment]
@@ -277,12 +277,13 @@ def _entry(value: Any) -> Any:
         return check(Scale, value, "range")
     if isinstance(value, list) and len(value) > 1:
         return value
-    named = isinstance(value, Mapping) and all(isinstance(one, Mapping) and one for one in value.values())
-    if named and len(value) > 1:
-        return value
+    if isinstance(value, Mapping) and len(value) > 1:
+        changes = [value, *value.values()]
+        if all(isinstance(one, Mapping) and one and all(isinstance(key, str) for key in one) for one in changes):
+            return value
     raise ValueError(
-        f"found {value!r}; give a range {{low, high}}, a list of two values or more, or two labels or more, each with "
-        "its changes"
+        f"found {shown(value)}; give a range {{low, high}}, a list of two values or more, or two labels or more, each "
+        "with its changes"
     )
 
 

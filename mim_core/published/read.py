@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 WRAPPERS = ("model", "state_dict", "module", "model_state", "model_state_dict")
+MOST_REPEATED = 2**28
+"""Bytes that a tensor may have beyond those stored of it."""
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 CONTAINERS = ("set", "frozenset", "dict", "list", "tuple", "int", "float", "complex", "bool", "str", "bytes")
 DTYPES = {
@@ -64,7 +66,10 @@ def unwrap(found: Any, where: str) -> dict[str, Tensor]:
         if not inside:
             break
         found = found[inside[0]]
-    state = dict(_tensors(found, "", frozenset()))
+    try:
+        state = dict(_tensors(found, "", frozenset()))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; fetch the file again") from None
     if not state:
         held = sorted(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(
@@ -117,6 +122,9 @@ def _tensors(found: Any, prefix: str, above: frozenset[int]) -> Iterator[tuple[s
     for key, value in state.items():
         name = prefix + str(key)
         if isinstance(value, Tensor):
+            # A view that shows few numbers many times takes memory where it is computed with.
+            if value.nbytes > max(value.untyped_storage().nbytes(), MOST_REPEATED):
+                raise ValueError(f"{name} of shape {list(value.shape)} is larger than what the file holds of it")
             yield name, value.detach()
         elif key in ("_parameters", "_buffers", "_modules") and isinstance(value, Mapping):
             kept = {inner: one for inner, one in value.items() if inner not in transient}
@@ -126,6 +134,8 @@ def _tensors(found: Any, prefix: str, above: frozenset[int]) -> Iterator[tuple[s
 
 
 def _unpickle(path: Path) -> Any:
+    if packed := _packed(path):
+        raise ValueError(f"{path}: found {packed} compressed; torch.save compresses nothing; fetch the file again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -141,6 +151,16 @@ def _unpickle(path: Path) -> Any:
                 f"wrote (torch itself: {str(refused).splitlines()[0] if str(refused) else refused!r}); fetch it again, "
                 "or save the model's state_dict() anew"
             ) from None
+
+
+def _packed(path: Path) -> str:
+    """Name a record of a zip file that is compressed, and so may be without end; empty where there is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = [entry.filename for entry in archive.infolist() if entry.file_size > entry.compress_size]
+    except Exception:  # no zip file, or a broken one, which is told where it is read
+        return ""
+    return found[0] if found else ""
 
 
 class _Unpickler(pickle.Unpickler):

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from mim_core.spec import Depth
+
 EPSILON = 0.1
 Count = Annotated[int, Field(gt=0)]
 Codes = Annotated[int, Field(ge=2)]
@@ -206,7 +208,7 @@ class DALLE(DiscreteVAE):
         *,
         codes: Codes = 8192,
         base: Annotated[int, Field(gt=0, multiple_of=4)] = 256,
-        blocks: Count = 2,
+        blocks: Depth = 2,
     ) -> None:
         super().__init__()
         self.codes = codes

@@ -17,7 +17,7 @@ from mim_core.tokenizers.dalle import Codes, Count, DiscreteVAE, Likelihood, cen
 from mim_core.tokenizers.quantizer import Commitment, Decay, Quantizer, Usage, VectorQuantised
 
 Layers = Annotated[int, Field(gt=0, le=6)]
-Blocks = Annotated[int, Field(ge=0)]
+Blocks = Annotated[int, Field(ge=0, le=1000)]
 
 
 class Residual(nn.Module):

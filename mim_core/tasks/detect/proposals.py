@@ -19,7 +19,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from mim_core.spec import OneOf, Piece, Table
+from mim_core.spec import Depth, OneOf, Piece, Table
 from mim_core.tasks.detect.necks import Count, Maps, Numbers
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -55,7 +55,7 @@ def rpn(
     *,
     anchors_px: Numbers | None = None,
     ratios: Numbers = (0.5, 1.0, 2.0),
-    convs: Count = 1,
+    convs: Depth = 1,
     before: Count | None = None,
     after: Count | None = None,
     sampled: Count | None = None,

@@ -1,0 +1,111 @@
+"""What a run's weights follow from, and what changes no bit of them; what does is measured by benchmarks/spread.py."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core_pieces import OPTIM, classify_row, pretrain_row, target_row, tiny_pack
+
+from mim_core.data.order import loader
+from mim_core.data.pack import Pack
+from mim_core.jobs import downstream, fit_target, pretrain
+from mim_core.jobs import run as jobs_run
+
+SHORT = {**OPTIM, "epochs": 2}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums over threads differ in their last bits with the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
+
+
+def weights(kind: str, pack: Pack, folder: Path, **changes: Any) -> bytes:
+    """Run a job of a kind; gives its file of weights."""
+    if kind == "pretrain":
+        pretrain(pretrain_row(optim=SHORT, **changes), pack, folder, seed=1)
+        return (folder / "model.safetensors").read_bytes()
+    if kind == "fit_target":
+        fit_target(target_row(optim=SHORT, **changes), pack, folder, seed=1)
+        return (folder / "tokenizer.safetensors").read_bytes()
+    optim = {key: value for key, value in SHORT.items() if key != "lr"}
+    row = classify_row(optim={**optim, "ema": 0.9}, **changes)
+    downstream(row, pack, folder, 1, 1.0e-3, None, True)
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory, pack: Pack) -> dict[str, bytes]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("usual")
+    return {kind: weights(kind, pack, folder / kind) for kind in KINDS}
+
+
+KINDS = ("pretrain", "fit_target", "downstream")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_run_again_gives_the_same_weights(
+    tmp_path: Path, pack: Pack, usual: dict[str, bytes], kind: str
+) -> None:
+    torch.manual_seed(99)
+    assert weights(kind, pack, tmp_path) == usual[kind]
+
+
+@pytest.mark.parametrize("minutes", [1.0e-9, 1.0e9], ids=["at each report", "never"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_checkpoint_interval_gives_the_same_weights(
+    tmp_path: Path, pack: Pack, usual: dict[str, bytes], kind: str, minutes: float
+) -> None:
+    assert weights(kind, pack, tmp_path, checkpoint_minutes=minutes) == usual[kind]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_another_number_of_loader_workers_gives_the_same_weights(
+    tmp_path: Path, pack: Pack, usual: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(jobs_run, "loader", functools.partial(loader, workers=workers))
+    for kind in KINDS if workers == 1 else ("pretrain",):
+        assert weights(kind, pack, tmp_path / kind) == usual[kind], kind
+
+
+class Threads:
+    """A loader whose batches are made with a number of threads, and torch's own number goes on for the rest."""
+
+    def __init__(self, inner: Any, count: int) -> None:
+        self.inner, self.count = inner, count
+
+    def __call__(self, addresses: Any) -> Any:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.count)
+        try:
+            return self.inner(addresses)
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_another_thread_count_of_the_loader_gives_the_same_weights(
+    tmp_path: Path, pack: Pack, usual: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(jobs_run, "loader", lambda fetch, order: loader(Threads(fetch, count), order))
+    assert weights("pretrain", pack, tmp_path) == usual["pretrain"]
+
+
+def test_a_seed_changes_the_weights(tmp_path: Path, pack: Pack, usual: dict[str, bytes]) -> None:
+    """Equality means something: another seed gives others."""
+    pretrain(pretrain_row(optim=SHORT), pack, tmp_path, seed=2)
+    assert (tmp_path / "model.safetensors").read_bytes() != usual["pretrain"]
