@@ -154,6 +154,7 @@ def wait(true: Any, seconds: float = 240.0) -> None:
 
 
 @pytest.mark.reliability
+@pytest.mark.slow
 def test_a_killed_ablation_loses_no_point_runs_none_twice_and_ends_in_the_same_table(
     alone: Clone, tmp_path: Path, tried: Tried
 ) -> None:

@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from mim_core import checkpoint
 from mim_core.files import read_curve
 
-pytestmark = pytest.mark.orchestration
+pytestmark = [pytest.mark.orchestration, pytest.mark.slow]
 NAMES = {"pretrain", "downstream", "ablate", "search", "nightly"}
 
 

@@ -68,7 +68,7 @@ def test_a_second_one_is_told_who_holds_it_since_when_and_has_it_at_once_after_a
     since = time.mktime(time.strptime(said.removeprefix(start_).partition(";")[0], "%Y-%m-%d %H:%M:%S"))
     assert int(before) <= since <= time.time()
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert json.loads(path.read_text())["pid"] == process.pid, "what it left is stale, and known to be"
     with held(path, "the row"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
@@ -84,7 +84,7 @@ def test_who_waits_gets_it_when_the_first_ends(tmp_path: Path) -> None:
             process.stdin.close()  # type: ignore[union-attr]
         return False
 
-    with held(tmp_path / "lock", "the row", give_up, 0.01):
+    with process, held(tmp_path / "lock", "the row", give_up, 0.01):
         assert process.wait(120) == 0
     assert len(asked) >= 3
 

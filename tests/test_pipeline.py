@@ -248,7 +248,15 @@ def test_a_changed_ratio_reruns_its_row_and_what_hangs_on_it(served: Clone, tmp_
 def test_experiments_run_and_compare(served: Clone) -> None:
     served.run("git", "add", "dvc.lock")
     served.run("git", "commit", "-qm", "Record the results")
-    served.dvc("exp", "run", "--name", "half", "-S", "params/pretrain.yaml:pretrain.simmim_vit.mask.ratio=0.5")
+    served.dvc(
+        "exp",
+        "run",
+        "--name",
+        "half",
+        "-S",
+        "params/pretrain.yaml:pretrain.simmim_vit.mask.ratio=0.5",
+        "downstream@simmim_vit_2000",
+    )
     shown = served.dvc("exp", "show", "--csv")
     assert "half" in shown
     header = shown.splitlines()[0]
