@@ -1,11 +1,11 @@
 """Time a training step of ours beside `transformers`, `lightly` and plain timm, in turns.
 
     python benchmarks/step.py                    # CPU: all cases, one thread and two
-    python benchmarks/step.py --device cuda      # one GPU: needs torch, timm, torchvision and pydantic
+    python benchmarks/step.py --device cuda      # one GPU: needs the core's packages only (pyproject.toml)
 
 Ours is what a pretraining job runs: its objective, optimiser, clipping, schedule and reports, by `mim_core.train.train`
-(checkpoints: see `layers.py`). A peer does forward, backward, clipping and AdamW (fused), on images that are normalised already
-and under masks of the same shape. Peers that are not installed are left out; `pip install transformers lightly` in an
+(checkpoints: see `layers.py`). A peer does forward, backward, clipping and AdamW (fused), on images that are normalised
+already and under the same masks. Peers that are not installed are left out; `pip install transformers lightly` in an
 environment of your own brings them. In each round every contender trains for a turn of some `--seconds`; a ratio is
 taken within its round, and the median of the rounds is given with their spread. On a CPU the measure is images per
 CPU-second, on a GPU per second. bf16 is left out on a processor that has no instructions for it, where it is emulated.
