@@ -21,6 +21,7 @@ import json
 import os
 import statistics
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -225,10 +226,14 @@ def peak_mib(make: Callable[[], Turn], device: torch.device) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     reading, writing = os.pipe()
     if not (child := os.fork()):
-        before = _resident("VmRSS")
-        make()(2)
-        os.write(writing, f"{_resident('VmHWM') - before}".encode())
-        os._exit(0)
+        try:
+            before = _resident("VmRSS")
+            make()(2)
+            os.write(writing, f"{_resident('VmHWM') - before}".encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as said:
         grown = float(said.read() or "nan")

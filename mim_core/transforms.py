@@ -207,9 +207,7 @@ def _resizing(start: Tensor, length: Tensor, side: int) -> Tensor:
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Turn images [b, c, H, W] of 0 to 255 into floats of zero mean and unit deviation a channel."""
-    # (x / 255 - mean) / std as one multiply and one add.
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
+    scale, shift = _affine(tuple(mean), tuple(std), images.device)
     if images.device.type != "cpu":
         return images.to(torch.float32) * scale + shift
     # In parts that stay in the cache, in place: passes over a whole batch cost several times as much.
@@ -218,3 +216,11 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     for part, values in zip(images.split(each), out.split(each), strict=True):
         values.copy_(part).mul_(scale).add_(shift)
     return out
+
+
+@functools.cache
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(x / 255 - mean) / std as one multiply and one add; made once, as a GPU waits for each copy of numbers to it."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
