@@ -21,15 +21,15 @@ def block_at(
     another's. `bias` is added to the scores of attention.
     """
     attn = block.attn
-    normed, own = block.norm1(tokens), chosen(tokens, rows).unflatten(0, rows.shape)
+    normed, own = block.norm1(tokens), chosen(tokens, rows).reshape(*rows.shape, -1)
     width = attn.qkv.weight.shape[0] // 3
     apart = getattr(attn, "q_bias", None) is not None
     offset = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]) if apart else attn.qkv.bias
     parts: tuple[Tensor | None, Tensor | None] = (None, None) if offset is None else (offset[:width], offset[width:])
     q = F.linear(block.norm1(own), attn.qkv.weight[:width], parts[0])
     kv = F.linear(normed, attn.qkv.weight[width:], parts[1])
-    q = q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q = q.reshape(*q.shape[:2], attn.num_heads, -1).transpose(1, 2)
+    k, v = kv.reshape(*kv.shape[:2], 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     here = None if bias is None else bias[:, rows].transpose(0, 1)
     if attn.fused_attn:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=here)

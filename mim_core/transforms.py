@@ -213,8 +213,8 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     # In parts that stay in the cache, in place: passes over a whole batch cost several times as much.
     out = torch.empty(images.shape)
     each = max(1, CACHED // max(1, math.prod(images.shape[1:])))
-    for part, values in zip(images.split(each), out.split(each), strict=True):
-        values.copy_(part).mul_(scale).add_(shift)
+    for start in range(0, len(images), each):
+        out[start : start + each].copy_(images[start : start + each]).mul_(scale).add_(shift)
     return out
 
 
