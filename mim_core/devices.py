@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -30,6 +30,12 @@ class Compute:
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def send(self, values: Tensor) -> Tensor:
+        """Bring a batch's tensor from the CPU to the device, beside what the device is doing."""
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        return (values if values.is_cuda else values.pin_memory()).to(self.device, non_blocking=True)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and choose the attention path of timm's blocks for it."""

@@ -23,7 +23,7 @@ class Fill(nn.Module):
     """What all fills share: images and tokens pass as they are, unless a fill says otherwise.
 
     `width` is that of the encoder's embedding, `grid` that of the mask, `mean` and `std` are the dataset's colours in
-    units of [0, 1].
+    units of [0, 1]. `hidden` may stay on the CPU, where masks are drawn: what depends on counts then waits for no GPU.
     """
 
     drops: ClassVar[bool] = False
@@ -56,7 +56,7 @@ class MaskToken(Fill):
     def tokens(
         self, tokens: Float[Tensor, "b n d"], hidden: Bool[Tensor, "b n"]
     ) -> tuple[Float[Tensor, "b n d"], Int[Tensor, "b k"] | None]:
-        return torch.where(hidden[..., None], self.token.to(tokens.dtype), tokens), None
+        return torch.where(_beside(hidden, tokens)[..., None], self.token.to(tokens.dtype), tokens), None
 
 
 class BertMix(MaskToken):
@@ -94,13 +94,13 @@ class BertMix(MaskToken):
     ) -> tuple[Float[Tensor, "b n d"], Int[Tensor, "b k"] | None]:
         if not self.training:
             return super().tokens(tokens, hidden)
-        (b, n), (token, random), device = hidden.shape, self.shares, hidden.device
+        (b, n), (token, random), device = hidden.shape, self.shares, tokens.device
         draw, step = torch.rand(b, n, device=device), torch.randint(1, max(2, n), (b, n), device=device)
         other = ((torch.arange(n, device=device) + step) % n).expand(b, n)
         others = tokens.gather(1, other[..., None].expand_as(tokens))
         mixed = torch.where((draw < token + random)[..., None], others, tokens)
         mixed = torch.where((draw < token)[..., None], self.token.to(tokens.dtype), mixed)
-        return torch.where(hidden[..., None], mixed, tokens), None
+        return torch.where(_beside(hidden, tokens)[..., None], mixed, tokens), None
 
 
 class Colour(Fill):
@@ -126,7 +126,7 @@ class Colour(Fill):
         self.register_buffer("colour", (paint - centre) / deviation, persistent=False)
 
     def pixels(self, images: Float[Tensor, "b c H W"], hidden: Bool[Tensor, "b n"]) -> Float[Tensor, "b c H W"]:
-        return torch.where(self.grid.pixels(hidden)[:, None], self.colour.to(images.dtype), images)
+        return torch.where(self.grid.pixels(_beside(hidden, images))[:, None], self.colour.to(images.dtype), images)
 
 
 class Drop(Fill):
@@ -149,8 +149,12 @@ class Drop(Fill):
                 "in every image; choose a mask of a fixed count, such as {name: random, ratio: 0.75}"
             )
         # Row by row and in the order of patches.
-        kept = visible.nonzero()[:, 1].view(len(hidden), most)
+        kept = _beside(visible.nonzero()[:, 1].view(len(hidden), most), tokens)
         return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1])), kept
+
+
+def _beside(mask: Tensor, values: Tensor) -> Tensor:
+    return mask.to(values.device, non_blocking=True)
 
 
 FILLS: dict[str, type[Fill]] = {"mask_token": MaskToken, "bert_mix": BertMix, "colour": Colour, "drop": Drop}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 MOST_CELLS = 2**18
@@ -101,6 +101,31 @@ class Entries:
     def logits(self, values: Float[Tensor, "... v"]) -> Float[Tensor, "... depth classes parts"]:
         """Order a head's values by entry, with the classes of an entry in the dimension before the last."""
         return values.reshape(*values.shape[:-1], self.depth, self.classes, self.side**2)
+
+
+Wanted = Bool[Tensor, "b p"] | Int[Tensor, "b r"] | None
+"""Positions of a batch: a mask, or the indices of each image's where all have equally many, or None, which is all."""
+
+
+def rows_of(mask: Bool[Tensor, "b p"]) -> Wanted:
+    """Give a mask as indices in order (or as None) where every image has equally many, else as it is.
+
+    What shape comes out then depends on no value, so that a GPU need not be waited for where the mask is on the CPU.
+    """
+    fewest, most = (int(count) for count in mask.sum(1).aminmax())
+    if fewest != most:
+        return mask
+    return None if most == mask.shape[1] else mask.nonzero()[:, 1].view(len(mask), most)
+
+
+def chosen(values: Float[Tensor, "b p ..."], wanted: Wanted) -> Float[Tensor, "m ..."]:
+    """Take the wanted positions of all images, one after the other."""
+    if wanted is None:
+        return values.flatten(0, 1)
+    if wanted.dtype == torch.bool:
+        return values[wanted]
+    first = torch.arange(len(wanted), device=wanted.device)[:, None] * values.shape[1]
+    return values.flatten(0, 1).index_select(0, (wanted + first).flatten())
 
 
 def patchify(images: Float[Tensor, "b c H W"], patch_px: int) -> Float[Tensor, "b n k"]:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, UInt8
 from pydantic import AfterValidator, Field
-from scipy import ndimage
 
 from mim_core.grid import Grid
 from mim_core.spec import Range
@@ -168,7 +168,9 @@ def random_region(
     shape = [math.ceil(cells * step) + 1 + 2 * margin for cells in grid.shape]
     for _ in range(ATTEMPTS):
         window = margin + rng.random(2)
-        texture = ndimage.affine_transform(rng.random(shape), [step, step], window, grid.shape, order=3, mode="mirror")
+        texture = scipy.ndimage.affine_transform(
+            rng.random(shape), [step, step], window, grid.shape, order=3, mode="mirror"
+        )
         hidden: Bool[np.ndarray, "h w"] = texture < level
         if least <= hidden.sum() <= most:
             return hidden
@@ -298,7 +300,7 @@ def avg_distance(hidden: Bool[np.ndarray, "h w"], grid: Grid) -> float:
     if not hidden.any():
         return 0.0
     pixels = _enlarge(hidden, grid.patch_px)
-    return float(ndimage.distance_transform_edt(pixels)[pixels].mean())
+    return float(scipy.ndimage.distance_transform_edt(pixels)[pixels].mean())
 
 
 def unit_patches(grid: Grid, unit_px: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mim_core.adversarial import Critic
@@ -17,12 +17,12 @@ from mim_core.data.pack import Pack, Split
 from mim_core.devices import Compute
 from mim_core.encoders import ENCODERS
 from mim_core.fills import FILLS
-from mim_core.grid import Grid, entries_hidden, near, unpatchify
+from mim_core.grid import Grid, Wanted, chosen, entries_hidden, near, patchify, rows_of, unpatchify
 from mim_core.heads import HEADS
 from mim_core.masks import generator
 from mim_core.spec import build
 from mim_core.targets import TARGETS
-from mim_core.transforms import Augment, normalise
+from mim_core.transforms import Augment, normalise, place
 
 Box = tuple[slice, slice]
 
@@ -35,27 +35,42 @@ class MaskedModel(nn.Module):
         self.encoder, self.fill, self.head = encoder, fill, head
 
     def forward(
-        self, images: Float[Tensor, "b c H W"], hidden: Bool[Tensor, "b n"], wanted: Bool[Tensor, "b p"]
+        self, images: Float[Tensor, "b c H W"], hidden: Bool[Tensor, "b n"], wanted: Wanted
     ) -> Float[Tensor, "m v"]:
-        """Predict the wanted positions of images whose hidden patches the encoder does not see."""
-        features, kept, summary = self.encode(images, hidden)
-        out: Tensor = self.head(features, wanted, kept, summary)
+        """Predict the wanted positions of images whose hidden patches the encoder does not see.
+
+        `hidden` may be on the CPU whatever the device of the images; see `rows_of` for the form of `wanted`.
+        """
+        rows = None
+        if self.head.alone and getattr(self.encoder, "selects", False) and not self.fill.drops:
+            rows = None if wanted is None or wanted.dtype == torch.bool else wanted
+        features, kept, summary = self.encode(images, hidden, rows)
+        out: Tensor = self.head(features, wanted if rows is None else None, kept, summary)
         return out
 
-    def encode(self, images: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Encode masked images: features [b, n, d], which patches they are of (None: all), class tokens [b, p, d]."""
+    def encode(
+        self, images: Tensor, hidden: Tensor, rows: Int[Tensor, "b m"] | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Encode masked images: features [b, n, d], which patches they are of (None: all), class tokens [b, p, d].
+
+        With `rows`, for encoders that select, the features are those patches' [b, m, d], and there is no class token.
+        """
         tokens = self.encoder.embed(self.fill.pixels(images, hidden))
         tokens, kept = self.fill.tokens(tokens, hidden)
-        features, summary = self.encoder.encode(tokens, kept)
+        features, summary = self.encoder.encode(tokens, kept, *(() if rows is None else (rows,)))
         return features, kept, summary
 
 
 @dataclass(frozen=True)
 class Masked:
-    """A batch: uint8 images [b, c, H, W] and their hidden patches [b, n]."""
+    """A batch: uint8 images [b, c, H, W] and their hidden patches [b, n].
+
+    `boxes` [b, 5]: how the device is to place each image, where that is left to it.
+    """
 
     images: Tensor
     hidden: Tensor
+    boxes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -63,18 +78,28 @@ class Masked:
 
 @dataclass(frozen=True)
 class MaskedFetch:
-    """Make a masked batch; picklable, so that loader workers can have it."""
+    """Make a masked batch; picklable, so that loader workers can have it.
+
+    `on_device` leaves crop and flip, drawn here, to a device that does them faster (see `transforms.place`).
+    """
 
     split: Split
     grid: Grid
     mask: Callable[[np.random.Generator, Grid], np.ndarray]
     augment: Augment | None
     seed: int
+    on_device: bool = False
 
     def __call__(self, addresses: Sequence[Address]) -> Masked:
-        images = read_images(self.split, addresses, self.augment, self.seed)
+        left = self.augment if self.on_device and self.augment and self.augment.only_places else None
+        images = read_images(self.split, addresses, None if left else self.augment, self.seed)
         hidden = [self.mask(generator(self.seed, *address), self.grid).reshape(-1) for address in addresses]
-        return Masked(images, torch.from_numpy(np.stack(hidden)))
+        masked = torch.from_numpy(np.stack(hidden))
+        if not left:
+            return Masked(images, masked)
+        size = images.shape[-2:]
+        boxes = [left.placing(generator(self.seed, *address, stream=1), *size) for address in addresses]
+        return Masked(images, masked, torch.tensor(boxes, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -114,16 +139,22 @@ class Pretext(nn.Module):
         self.critic, self.critic_weight, self.critic_sees = critic, critic_weight, critic_sees
 
     def losses(self, batch: Masked, step: int) -> Iterator[tuple[str, Tensor]]:
-        images = normalise(batch.images.to(self.compute.device), self.pack.mean, self.pack.std)
-        hidden = batch.hidden.to(self.compute.device)
-        wanted, weights = self.wanted(hidden)
+        images = self.compute.send(batch.images)
+        if batch.boxes is not None:
+            images = place(images, self.compute.send(batch.boxes))
+        images = normalise(images, self.pack.mean, self.pack.std)
+        # What is wanted is settled on the CPU, where the masks are: here no GPU has to be waited for.
+        mask, weights = self.wanted(batch.hidden)
+        rows = rows_of(mask)
+        wanted = None if rows is None else self.compute.send(rows)
         target = self.target(images)
         with self.compute.autocast():
-            prediction = self.model(images, hidden, wanted)
+            prediction = self.model(images, batch.hidden, wanted)
         prediction = prediction.float()
-        loss = self.mean_loss(prediction, target[wanted], None if weights is None else weights[wanted])
+        weighed = None if weights is None else self.compute.send(chosen(weights, rows))
+        loss = self.mean_loss(prediction, chosen(target, wanted), weighed)
         if self.critic:
-            real, fake = self.views(prediction, target, wanted)
+            real, fake = self.views(prediction, target, self.compute.send(mask))
             with self.compute.autocast():
                 critic_loss = self.critic.loss(real, fake)
             yield "critic", critic_loss
@@ -144,6 +175,8 @@ class Pretext(nn.Module):
             return wanted, torch.where(inside, 1.0, scope.visible_weight)
         if scope.part == "hidden" and same:
             return hidden, None
+        if scope.part == "hidden" and (whole := _whole(hidden, encoder.grid, encoder.output)) is not None:
+            return whole, None
         inside = entries_hidden(hidden, encoder.grid, encoder.output, entries)
         if scope.part == "hidden":
             return inside.any(-1), inside.float()
@@ -217,6 +250,16 @@ def _named(piece: str, make: Callable[[], Any]) -> Any:
         return make()
     except ValueError as error:
         raise ValueError(f"{piece}: {error}") from None
+
+
+def _whole(hidden: Bool[Tensor, "b n"], masked: Grid, positions: Grid) -> Bool[Tensor, "b p"] | None:
+    """Tell which positions are hidden where each is so as a whole or not at all, else None."""
+    side, rest = divmod(positions.patch_px, masked.patch_px)
+    if rest:
+        return None
+    cells = patchify(hidden.reshape(-1, 1, *masked.shape), side)
+    whole = cells.all(-1)
+    return whole if torch.equal(whole, cells.any(-1)) else None
 
 
 def hole(wanted: Bool[Tensor, " p"], grid: Grid, side: int) -> Box:

@@ -19,6 +19,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from mim_core.spec import Range, Strict
 
+CACHED = 1 << 16
+"""Values that `normalise` works on at a time on a CPU."""
+
 
 def _share(value: tuple[float, float]) -> tuple[float, float]:
     if not 0 < value[0] <= value[1] <= 1:
@@ -117,11 +120,21 @@ class Augment(Strict):
     def _placed(self, rng: np.random.Generator, image: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
         """Crop and flip."""
         height, width = image.shape[-2:]
-        top, left, h, w = crop_box(rng, height, width, self.scale, self.ratio)
+        top, left, h, w, flipped = self.placing(rng, height, width)
         parts = (image, *beside)
         if (h, w) != (height, width):
             parts = tuple(TF.resized_crop(one, top, left, h, w, [height, width], antialias=True) for one in parts)
-        return tuple(map(TF.horizontal_flip, parts)) if rng.random() < self.flip else parts
+        return tuple(map(TF.horizontal_flip, parts)) if flipped else parts
+
+    def placing(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int, bool]:
+        """Draw a crop (top, left, height, width) and whether it is flipped."""
+        box = crop_box(rng, height, width, self.scale, self.ratio)
+        return *box, bool(rng.random() < self.flip)
+
+    @property
+    def only_places(self) -> bool:
+        """Whether nothing but crop and flip is set: what `place` does to a whole batch."""
+        return not (self.jitter or self.randaugment or self.erase)
 
 
 @contextmanager
@@ -168,9 +181,46 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def place(images: Tensor, boxes: Tensor) -> Tensor:
+    """Crop, resize and flip a batch of uint8 images [b, c, H, W] at once; gives floats of 0 to 255 of the same size.
+
+    `boxes` int64 [b, 5] on the same device: `Augment.placing`'s. The resize is the bilinear one with antialiasing of
+    the images one by one, without their rounding: as it goes row by row and column by column, it is two products of
+    matrices, for which a GPU need not be told the sizes.
+    """
+    top, left, height, width, flipped = boxes.unbind(1)
+    rows = _resizing(top, height, images.shape[-2])
+    columns = _resizing(left, width, images.shape[-1])
+    columns = torch.where(flipped[:, None, None] > 0, columns.flip(1), columns)
+    return rows[:, None] @ images.to(torch.float32) @ columns[:, None].transpose(-2, -1)
+
+
+def _resizing(start: Tensor, length: Tensor, side: int) -> Tensor:
+    """Weights [b, side, side] of each pixel of a line in those of a part of it, resized to the whole."""
+    scale = (length.to(torch.float32) / side)[:, None, None]
+    at = torch.arange(side, device=start.device)
+    source = at - start[:, None, None]
+    away = (source + 0.5 - scale * (at[:, None] + 0.5)) / scale.clamp(min=1)
+    weights = (1 - away.abs()).clamp(min=0) * ((source >= 0) & (source < length[:, None, None]))
+    return weights / weights.sum(-1, keepdim=True)
+
+
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Turn uint8 images [b, c, H, W] into floats of zero mean and unit deviation a channel."""
-    # (x / 255 - mean) / std as one multiply and one add.
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, -1, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
-    return images.to(torch.float32) * scale + shift
+    """Turn images [b, c, H, W] of 0 to 255 into floats of zero mean and unit deviation a channel."""
+    scale, shift = _affine(tuple(mean), tuple(std), images.device)
+    if images.device.type != "cpu":
+        return images.to(torch.float32) * scale + shift
+    # In parts that stay in the cache, in place: passes over a whole batch cost several times as much.
+    out = torch.empty(images.shape)
+    each = max(1, CACHED // max(1, math.prod(images.shape[1:])))
+    for start in range(0, len(images), each):
+        out[start : start + each].copy_(images[start : start + each]).mul_(scale).add_(shift)
+    return out
+
+
+@functools.cache
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(x / 255 - mean) / std as one multiply and one add; made once, as a GPU waits for each copy of numbers to it."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)

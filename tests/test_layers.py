@@ -17,7 +17,7 @@ CORE = ROOT / "mim_core"
 # A module may import from lines above its own, and a package's modules from one another. Never sideways.
 LEVELS = (
     ("changes", "checkpoint", "devices", "files", "grid", "locks", "losses", "metrics", "optim", "spec", "statistics"),
-    ("gallery", "masks", "positions", "train", "transforms"),
+    ("blocks", "gallery", "masks", "positions", "train", "transforms"),
     ("data", "encoders", "fills", "heads", "tokenizers"),
     ("targets",),
     ("adversarial", "fit_target", "probing", "tasks"),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -54,11 +53,11 @@ def read_images(
     split: Split, addresses: Sequence[Address], augment: Augment | None, seed: int
 ) -> UInt8[Tensor, "b c H W"]:
     """Read a batch's images, each augmented by its own generator."""
-    images = []
-    for epoch, index in addresses:
-        image = split.tensor(index)
-        images.append(augment(image, generator(seed, epoch, index, stream=1)) if augment else image)
-    return torch.stack(images)
+    images = split.tensors([index for _, index in addresses])
+    if augment:
+        for image, (epoch, index) in zip(images, addresses, strict=True):
+            image.copy_(augment(image, generator(seed, epoch, index, stream=1)))
+    return images
 
 
 class Fetched(Dataset[Any]):

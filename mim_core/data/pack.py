@@ -210,6 +210,10 @@ class Split:
         """One image as a uint8 tensor [c, H, W] of its own."""
         return torch.from_numpy(np.array(self.images[index]))
 
+    def tensors(self, indices: Sequence[int]) -> Tensor:
+        """Some images as one uint8 tensor [b, c, H, W] of its own."""
+        return torch.from_numpy(np.asarray(self.images)[list(indices)])
+
     def array(self, name: str) -> np.ndarray:
         """Map another array of the split by its file name, such as `boxes`; it is opened once.
 

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from xml.etree.ElementTree import Element
 
 import numpy as np
+import scipy
 from pydantic import BeforeValidator, Field
-from scipy.optimize import linear_sum_assignment
 
 from mim_core.data.annotations import box_inside, read_lines, read_xml
 from mim_core.data.fit import Fit
@@ -232,7 +232,7 @@ def _numbers(
         tight = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
         same = boxes[:, 4] == label if votes[label + 1] else np.zeros(len(boxes), bool)
         overlaps[row, same] = _overlap(tight, boxes[same, :4])
-    for row, column in zip(*linear_sum_assignment(overlaps, maximize=True), strict=True):
+    for row, column in zip(*scipy.optimize.linear_sum_assignment(overlaps, maximize=True), strict=True):
         if overlaps[row, column] > 0:
             lookup[values[row]] = column + 1
     lost = [value for value in values if not lookup[value]]

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
 from mim_core.grid import Grid
@@ -155,7 +155,8 @@ def _spline(before: int, after: int) -> Float[np.ndarray, "m n"]:
     reach = np.cumsum(q ** np.arange(before - 1))
     source = np.concatenate([-reach[::-1], [0.0], reach])
     asked = np.arange(1 - after, after).clip(source[0], source[-1])
-    weights: np.ndarray = make_interp_spline(source, np.eye(len(source)), k=min(3, len(source) - 1))(asked)
+    spline = scipy.interpolate.make_interp_spline(source, np.eye(len(source)), k=min(3, len(source) - 1))
+    weights: np.ndarray = spline(asked)
     return weights
 
 

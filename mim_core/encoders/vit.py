@@ -20,6 +20,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mim_core.blocks import block_at
 from mim_core.grid import Grid, Level
 from mim_core.positions import sincos
 from mim_core.spec import Depth
@@ -44,6 +45,8 @@ class ViT(nn.Module):
     """
 
     drops = True
+    selects = True
+    """Whether `encode` can give the features of some patches only, and spare the last block the others."""
     decays_token = True
     """Whether weight decay holds for a mask token in front of it, as in the published pretraining."""
 
@@ -75,7 +78,7 @@ class ViT(nn.Module):
         self.depth = depth
         self.positions = positions
         # timm's blocks add their own table over all patches, whatever tokens they get.
-        self.drops = positions != "relative_per_block"
+        self.drops = self.selects = positions != "relative_per_block"
         common: dict[str, Any] = {
             "img_size": size,
             "patch_size": patch_px,
@@ -109,16 +112,20 @@ class ViT(nn.Module):
         return out
 
     def encode(
-        self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None = None
-    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b 1 d"]]:
+        self,
+        tokens: Float[Tensor, "b n d"],
+        kept: Int[Tensor, "b n"] | None = None,
+        rows: Int[Tensor, "b m"] | None = None,
+    ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b s d"]]:
         """Add positions and run the blocks; gives the patches' features and the class token's.
 
-        `kept`: each token's patch index where a fill dropped some, else None. Raises ValueError for kept tokens where
+        `kept`: each token's patch index where a fill dropped some, else None. `rows`: the patches whose features are
+        wanted, where not all are; the class token's is not given then. Raises ValueError for kept tokens where
         positions are relative_per_block.
         """
-        for out in self._run(tokens, kept):
+        for out in self._run(tokens, kept, rows):
             last = out  # the list of all would keep each block's in memory, where no gradient needs them
-        return last[:, 1:], last[:, :1]
+        return (last[:, 1:], last[:, :1]) if rows is None else (last, last[:, :0])
 
     def forward(self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
         """Give the patches' features alone; see `encode`."""
@@ -174,8 +181,13 @@ class ViT(nn.Module):
             return 0
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.depth + 1
 
-    def _run(self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None) -> Iterator[Tensor]:
-        """Add positions and give what comes out of each block: [b, 1 + n, d], class token first."""
+    def _run(
+        self, tokens: Float[Tensor, "b n d"], kept: Int[Tensor, "b n"] | None, rows: Int[Tensor, "b m"] | None = None
+    ) -> Iterator[Tensor]:
+        """Add positions and give what comes out of each block: [b, 1 + n, d], class token first.
+
+        With `rows` the last one gives those patches alone: [b, m, d].
+        """
         vit, bias = self.backbone, self._bias(kept)
         if vit.pos_embed is None:
             out = torch.cat([vit.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
@@ -187,8 +199,9 @@ class ViT(nn.Module):
             out = torch.cat([first, tokens + positions], dim=1)
         for index, block in enumerate(vit.blocks, 1):
             # In both of timm's blocks the second argument is added to the scores of attention.
-            out = block(out, bias)
-            yield vit.norm(out) if index == self.depth else out
+            last = index == self.depth
+            out = block(out, bias) if rows is None or not last else block_at(block, out, rows + 1, bias)
+            yield vit.norm(out) if last else out
 
     def _bias(self, kept: Int[Tensor, "b n"] | None) -> Tensor | None:
         """Give the shared bias of each pair of tokens: [heads, t, t], or [b, heads, t, t] of kept tokens; t = 1 + n."""

@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mim_core.grid import Entries, Grid, patchify
+from mim_core.grid import Entries, Grid, Wanted, chosen, patchify
 from mim_core.heads.head import Count, Head, all_present
 from mim_core.spec import Depth
 
@@ -80,7 +80,7 @@ class ChannelwiseDecoder(Head):
     def forward(
         self,
         features: Float[Tensor, "b n d"],
-        wanted: Bool[Tensor, "b p"],
+        wanted: Wanted,
         kept: Int[Tensor, "b n"] | None = None,
         summary: Float[Tensor, "b s d"] | None = None,
     ) -> Float[Tensor, "m v"]:
@@ -90,7 +90,7 @@ class ChannelwiseDecoder(Head):
             maps = F.interpolate(maps, self.picture, mode="bilinear")
         rows, columns = self.margin
         maps = F.pad(maps, (columns, columns, rows, rows))
-        return patchify(maps, self.entries.side)[wanted]
+        return chosen(patchify(maps, self.entries.side), wanted)
 
 
 class ChannelwiseLinear(nn.Module):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from mim_core.grid import Entries, Grid
+from mim_core.grid import Entries, Grid, Wanted
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -21,6 +21,8 @@ class Head(nn.Module):
     """
 
     restores: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
+    """Whether a prediction reads its own position's features only, so that the encoder need not give the others."""
 
     def __init__(
         self, width: int, grid: Grid, entries: Entries, features: tuple[int, int] | None = None, **params: Any
@@ -32,12 +34,13 @@ class Head(nn.Module):
     def forward(
         self,
         features: Float[Tensor, "b n d"],
-        wanted: Bool[Tensor, "b p"],
+        wanted: Wanted,
         kept: Int[Tensor, "b n"] | None = None,
         summary: Float[Tensor, "b s d"] | None = None,
     ) -> Float[Tensor, "m v"]:
         """Predict at the wanted positions: m rows in the order of a full [b, p, entries.values] indexed by `wanted`.
 
+        `wanted`: see `mim_core.grid.chosen`.
         `kept`: each feature's position where the encoder read some tokens only; raises ValueError where the head needs
         all. `summary`: class tokens.
         """

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from mim_core.grid import Entries, Grid
+from mim_core.grid import Entries, Grid, Wanted, chosen
 from mim_core.heads.head import Count, Head, all_present, one_each
 
 
@@ -16,6 +16,8 @@ class Linear(Head):
     The same values in the same order as the published convolution; the shuffle itself is the target's `render`.
     `norm`: a LayerNorm before it (MaskFeat's head).
     """
+
+    alone = True
 
     def __init__(
         self,
@@ -34,12 +36,12 @@ class Linear(Head):
     def forward(
         self,
         features: Float[Tensor, "b n d"],
-        wanted: Bool[Tensor, "b n"],
+        wanted: Wanted,
         kept: Int[Tensor, "b n"] | None = None,
         summary: Float[Tensor, "b s d"] | None = None,
     ) -> Float[Tensor, "m v"]:
         all_present(kept)
-        out: Tensor = self.project(self.norm(features[wanted]))
+        out: Tensor = self.project(self.norm(chosen(features, wanted)))
         return out
 
 

@@ -6,12 +6,12 @@ import functools
 import math
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from mim_core.grid import Entries, Grid
+from mim_core.grid import Entries, Grid, Wanted, chosen
 from mim_core.heads.head import Count, Head, all_present, one_each
 from mim_core.spec import Counts
 
@@ -73,7 +73,7 @@ class InverseSwin(Head):
     def forward(
         self,
         features: Float[Tensor, "b n d"],
-        wanted: Bool[Tensor, "b n"],
+        wanted: Wanted,
         kept: Int[Tensor, "b n"] | None = None,
         summary: Float[Tensor, "b s d"] | None = None,
     ) -> Float[Tensor, "m v"]:
@@ -82,7 +82,7 @@ class InverseSwin(Head):
         maps = self.stages(self.embed(features).unflatten(1, (h, w)))
         cells = maps.unflatten(2, (w, parts)).unflatten(1, (h, parts)).transpose(2, 3).flatten(1, 2)
         # Nothing below mixes positions, so that the rest is computed for the wanted ones only.
-        cells = self.norm(cells[wanted])  # [m, parts, parts, d]
+        cells = self.norm(chosen(cells, wanted))  # [m, parts, parts, d]
         cells = cells.unflatten(2, (side, -1)).unflatten(1, (side, -1)).mean((2, 4))
         out: Tensor = F.pixel_shuffle(self.project(cells).permute(0, 3, 1, 2), self.block)
         return out.flatten(1)

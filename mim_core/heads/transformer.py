@@ -6,12 +6,13 @@ import functools
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
 
-from mim_core.grid import Entries, Grid
+from mim_core.blocks import block_at
+from mim_core.grid import Entries, Grid, Wanted, chosen
 from mim_core.heads.head import Count, Head, one_each
 from mim_core.positions import sincos
 from mim_core.spec import Depth
@@ -22,7 +23,7 @@ class TransformerDecoder(Head):
 
     The encoder's class tokens go in front through the same first layer, without a position (a row of zeros, as
     published). Where the encoder read every token (`kept` is None), none is put back and the mask token rests. Blocks
-    run on all positions, the last norm and linear on the wanted ones only: exact, as those mix no positions.
+    run on all positions; what follows the last one's keys and values is for the wanted ones only, which is exact.
 
     `init`: `xavier` uniform linear layers as published, or timm's truncated normal of 0.02.
     Raises ValueError where `heads`, or 4 (for the positions), does not divide `width`.
@@ -64,7 +65,7 @@ class TransformerDecoder(Head):
     def forward(
         self,
         features: Float[Tensor, "b n d"],
-        wanted: Bool[Tensor, "b p"],
+        wanted: Wanted,
         kept: Int[Tensor, "b n"] | None = None,
         summary: Float[Tensor, "b s d"] | None = None,
     ) -> Float[Tensor, "m v"]:
@@ -75,8 +76,12 @@ class TransformerDecoder(Head):
         tokens = tokens + self.positions
         if summary is not None:
             tokens = torch.cat([self.embed(summary), tokens], dim=1)
-        tokens = self.blocks(tokens)[:, -self.grid.count :]
-        out: Tensor = self.project(self.norm(tokens[wanted]))
+        if wanted is not None and wanted.dtype != torch.bool:
+            first = tokens.shape[1] - self.grid.count
+            tokens = block_at(self.blocks[-1], self.blocks[:-1](tokens), wanted + first).flatten(0, 1)
+        else:
+            tokens = chosen(self.blocks(tokens)[:, -self.grid.count :], wanted)
+        out: Tensor = self.project(self.norm(tokens))
         return out
 
 

@@ -56,24 +56,12 @@ def pretrain(
     linear = Linear(pack, probing.labels, seed, compute) if probing else None
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(fitted, pack.channels) if fitted else None
-    model, target = assemble(row, pack.size, pack.channels, pack.mean, pack.std, tokenizer)
-    encoder = model.encoder
+    objective, trained, players, steps = begin(row, pack, seed, compute, tokenizer)
+    model, target, encoder = objective.model, objective.target, objective.model.encoder
     mask = bind(MASKS, row.mask)
-    chosen: Any = row.loss
-    scope = Scope(chosen.scope, chosen.ring_px, chosen.visible_weight)
-    objective = Pretext(model, target, bind(LOSSES, row.loss), scope, pack, compute)
     images, held = pack.split("train"), pack.split("validation")
-    steps, own = player(row.optim, len(images), model, row.optim.rate, no_decay=partial(undecayed, model))
-    players, trained = {"model": own}, nn.ModuleDict({"model": model})
     # Validation masks are those of epoch 0 under the row's seed: the same at every evaluation.
     seen = MaskedFetch(held, encoder.grid, mask, None, seed)([(0, i) for i in range(min(VALIDATED, len(held)))])
-    if row.adversarial:
-        trained["critic"] = _oppose(row, pack, objective, seen)
-        ratio = row.adversarial.lr / row.optim.rate
-        groups = [{"params": list(trained["critic"].parameters()), "lr_scale": ratio, "weight_decay": 0.0}]
-        players["critic"] = Player(adamw(groups, row.optim.betas), own.rate, own.clip)
-    compute.prepare(trained)
-    target.to(compute.device)
     run = Run(folder, trained, players, steps, row.checkpoint_minutes)
     # A multiple of the probes, so that each falls on an evaluation.
     evaluations = probing.evaluations * math.ceil(EVALUATIONS / probing.evaluations) if probing else EVALUATIONS
@@ -99,7 +87,8 @@ def pretrain(
 
     batch = min(row.optim.batch, len(images))
     order = Order(np.arange(len(images)), batch, seed, 0, steps)
-    run.train(objective, MaskedFetch(images, encoder.grid, mask, row.augment, seed), order, evaluate, evaluations)
+    fetch = MaskedFetch(images, encoder.grid, mask, row.augment, seed, compute.device.type == "cuda")
+    run.train(objective, fetch, order, evaluate, evaluations)
     head = about(row.encoder, pack)
     checkpoint.write_weights(folder / "encoder.safetensors", encoder.state_dict(), head)
     checkpoint.write_weights(folder / "model.safetensors", model.state_dict(), {"row": row.model_dump(mode="json")})
@@ -113,6 +102,31 @@ def pretrain(
         "encoder_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         "about": head,
     }
+
+
+def begin(
+    row: PretrainRow, pack: Pack, seed: int, compute: devices.Compute, tokenizer: nn.Module | None = None
+) -> tuple[Pretext, nn.ModuleDict, dict[str, Player], int]:
+    """Make what `train` takes: the objective, all that has weights, the players, and the steps in all.
+
+    Initial weights come from torch's own generator.
+    """
+    model, target = assemble(row, pack.size, pack.channels, pack.mean, pack.std, tokenizer)
+    chosen: Any = row.loss
+    scope = Scope(chosen.scope, chosen.ring_px, chosen.visible_weight)
+    objective = Pretext(model, target, bind(LOSSES, row.loss), scope, pack, compute)
+    count = len(pack.split("train"))
+    steps, own = player(row.optim, count, model, row.optim.rate, no_decay=partial(undecayed, model))
+    players, trained = {"model": own}, nn.ModuleDict({"model": model})
+    if row.adversarial:
+        first = bind(MASKS, row.mask)(generator(seed, 0, 0), model.encoder.grid)
+        trained["critic"] = _oppose(row, objective, torch.from_numpy(first.reshape(1, -1)))
+        ratio = row.adversarial.lr / row.optim.rate
+        groups = [{"params": list(trained["critic"].parameters()), "lr_scale": ratio, "weight_decay": 0.0}]
+        players["critic"] = Player(adamw(groups, row.optim.betas), own.rate, own.clip)
+    compute.prepare(trained)
+    target.to(compute.device)
+    return objective, trained, players, steps
 
 
 def load_tokenizer(path: Path, channels: int) -> nn.Module:
@@ -143,14 +157,14 @@ def undecayed(model: MaskedModel, name: str) -> bool:
     )
 
 
-def _oppose(row: PretrainRow, pack: Pack, objective: Pretext, seen: Masked) -> Critic:
-    """Give the objective its critic."""
+def _oppose(row: PretrainRow, objective: Pretext, hidden: Tensor) -> Critic:
+    """Give the objective its critic; `hidden` [1, n] is a mask, for the box that all of them have."""
     assert row.adversarial
     encoder, side = objective.model.encoder, objective.target.entries.side
     box: Box | None = None
     size = (encoder.output.shape[0] * side, encoder.output.shape[1] * side)
     if row.adversarial.sees == "hole":
-        wanted, _ = objective.wanted(seen.hidden[:1])
+        wanted, _ = objective.wanted(hidden)
         box = hole(wanted[0], encoder.output, side)
         size = (box[0].stop - box[0].start, box[1].stop - box[1].start)
     objective.critic = Critic(size, objective.target.entries.depth, row.adversarial.base)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float, Int, UInt8
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from mim_core.tokenizers.dalle import Codes
@@ -56,7 +56,7 @@ class Palette(nn.Module):
         with warnings.catch_warnings():
             # A cluster that loses its last colour keeps its centre, which is as good a colour as before.
             warnings.filterwarnings("ignore", "One of the clusters is empty")
-            found, _ = kmeans2(distinct / 255, self.codes, minit="++", seed=rng)
+            found, _ = scipy.cluster.vq.kmeans2(distinct / 255, self.codes, minit="++", seed=rng)
         self.colours.copy_(torch.from_numpy(found))
 
     @torch.no_grad()
