@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mim_core import ranks
 from mim_core.adversarial import Critic
 from mim_core.data.order import Address, read_images
 from mim_core.data.pack import Pack, Split
@@ -93,7 +94,8 @@ class Pretext(nn.Module):
     """The objective of a masked model: its prediction against a target, over the scope's entries.
 
     The mean runs over the entries of the whole batch, as in the published code of all these methods, and not over each
-    image first. With a `critic` there are two players.
+    image first. With a `critic` there are two players. On several ranks the batch is that of all of them, and `shared`
+    is the model as they train it.
     """
 
     def __init__(
@@ -112,16 +114,22 @@ class Pretext(nn.Module):
         self.model, self.target = model, target
         self.loss, self.scope, self.pack, self.compute = loss, scope, pack, compute
         self.critic, self.critic_weight, self.critic_sees = critic, critic_weight, critic_sees
+        self.shared: nn.Module | None = None
 
     def losses(self, batch: Masked, step: int) -> Iterator[tuple[str, Tensor]]:
         images = normalise(batch.images.to(self.compute.device), self.pack.mean, self.pack.std)
         hidden = batch.hidden.to(self.compute.device)
         wanted, weights = self.wanted(hidden)
         target = self.target(images)
+        together = self.shared if self.model.training else None
         with self.compute.autocast():
-            prediction = self.model(images, hidden, wanted)
+            prediction = (together or self.model)(images, hidden, wanted)
         prediction = prediction.float()
         loss = self.mean_loss(prediction, target[wanted], None if weights is None else weights[wanted])
+        if together:
+            # The mean of the ranks' losses is to be that over all entries, however many of them each rank has.
+            entries = (wanted.sum() if weights is None else (weights[wanted] > 0).sum()).float()
+            loss = loss * entries / ranks.mean(entries)
         if self.critic:
             real, fake = self.views(prediction, target, wanted)
             with self.compute.autocast():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mim_core import checkpoint, devices, gallery
+from mim_core import checkpoint, devices, gallery, ranks
 from mim_core.adversarial import Critic
 from mim_core.data.order import Order
 from mim_core.data.pack import Pack, Split
@@ -48,8 +48,8 @@ def pretrain(
     `fitted` is the file of the tokenizer that the target needs. `probe`, in the words of `Probing`, has a linear
     classifier judge the encoder on the way: `probe_score` of some of the curve's lines; what is trained is the same
     with it. Gives the final scalars: losses, hole-only PSNR in dB on validation images where the target is a picture,
-    share of the pixels hidden, SimMIM's AvgDist in px, seconds, images seen. Raises ValueError for a probe that the
-    dataset has no labels for.
+    share of the pixels hidden, SimMIM's AvgDist in px, seconds, images seen; nothing on ranks above 0, as rank 0 tells.
+    Raises ValueError for a probe that the dataset has no labels for.
     """
     compute = devices.choose(precision=row.precision)
     probing = check(Probing, dict(probe), "probe") if probe is not None else None
@@ -74,6 +74,8 @@ def pretrain(
         players["critic"] = Player(adamw(groups, row.optim.betas), own.rate, own.clip)
     compute.prepare(trained)
     target.to(compute.device)
+    if ranks.count() > 1:
+        objective.shared = ranks.shared(model)
     run = Run(folder, trained, players, steps, row.checkpoint_minutes)
     # A multiple of the probes, so that each falls on an evaluation.
     evaluations = probing.evaluations * math.ceil(EVALUATIONS / probing.evaluations) if probing else EVALUATIONS
@@ -100,6 +102,8 @@ def pretrain(
     batch = min(row.optim.batch, len(images))
     order = Order(np.arange(len(images)), batch, seed, 0, steps)
     run.train(objective, MaskedFetch(images, encoder.grid, mask, row.augment, seed), order, evaluate, evaluations)
+    if ranks.number():
+        return {}
     head = about(row.encoder, pack)
     checkpoint.write_weights(folder / "encoder.safetensors", encoder.state_dict(), head)
     checkpoint.write_weights(folder / "model.safetensors", model.state_dict(), {"row": row.model_dump(mode="json")})
