@@ -66,4 +66,4 @@ def agreed(flag: bool) -> bool:
 def shared(model: nn.Module) -> nn.Module:
     """Wrap a model on its device so that each rank's gradients become the mean over the ranks."""
     # Heads that do not read all of an encoder leave parameters without a gradient, the same ones at every step.
-    return DistributedDataParallel(model, broadcast_buffers=False, static_graph=True)
+    return DistributedDataParallel(model, static_graph=True)

@@ -90,7 +90,7 @@ def held_to(whole: Path, other: Path) -> None:
     weights, _ = checkpoint.read_weights(whole / "model.safetensors")
     for name, tensor in checkpoint.read_weights(other / "model.safetensors")[0].items():
         # Adam turns a gradient that is nothing but rounding into a step of its rate's size.
-        torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -198,7 +198,7 @@ def test_a_rank_that_is_killed_ends_the_job_within_seconds_and_it_goes_on_to_the
         assert server.stdout
         said = json.loads(server.stdout.readline())
         assert time.monotonic() - begun < 15
-        assert said["died"].startswith("one of the 2 ranks ended before the job did")
+        assert said["died"].startswith("one of the 2 ranks was killed or broke down; the same job goes on")
         assert curve(broken, "loss")[-1] != curve(whole, "loss")[-1]
         assert ask(server, wire)["result"]["steps"] == 200
         assert server.stdin
@@ -218,7 +218,7 @@ def test_a_flow_s_worker_stops_and_loses_ranks_as_it_does_one_process(tmp_path: 
                 lost.append(rank(server.pid, 1))
                 lost[0].kill()
 
-        with pytest.raises(JobDiedError, match="one of the 2 ranks ended"):
+        with pytest.raises(JobDiedError, match="one of the 2 ranks was killed"):
             workers.run(wire, lose)
         assert server.poll() is None, "the worker serves on"
         with pytest.raises(Exception, match="stopped after step"):

@@ -120,9 +120,10 @@ def work(job: Mapping[str, Any], store: Path) -> None:
         answer = {} if ranks.number() else {"stopped": stopped.step}
     except Exception as error:
         traceback.print_exc()
-        # Torch says in these two that another rank does not answer: then it has the word.
-        lost = type(error) is RuntimeError or isinstance(error, distributed.DistError)
-        code, answer = 1, {"lost" if lost else "error": _said(error)[:MOST_SAID]}
+        code = 1
+        # These two tell, as a rule, that another rank does not answer any more: then the word is that one's.
+        if type(error) is not RuntimeError and not isinstance(error, distributed.DistError):
+            answer = {"error": _said(error)[:MOST_SAID]}
     if answer:
         os.write(answers, (json.dumps(answer) + "\n").encode())
     if not code:

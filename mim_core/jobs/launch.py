@@ -61,8 +61,9 @@ def launch(job: Mapping[str, Any], devices: int) -> dict[str, Any]:
         raise StoppedError(said["stopped"])
     if "error" in said:
         raise RuntimeError(said["error"])
-    why = f": {said['lost']}" if "lost" in said else ""
-    raise LostRankError(f"one of the {devices} ranks ended before the job did{why}; the same job goes on from there")
+    raise LostRankError(
+        f"one of the {devices} ranks was killed or broke down; the same job goes on from its last checkpoint"
+    )
 
 
 def _follow(process: subprocess.Popen[str]) -> str:

@@ -291,6 +291,9 @@ def result(folder: Path, images: int, model: nn.Module, compute: devices.Compute
     last: dict[str, Any] = {}
     for line in read_curve(folder / "curve.jsonl"):
         last |= line
+    described = devices.describe(compute)
+    if described["type"] == "cuda" and ranks.count() > 1:
+        described["devices"] = ranks.count()
     drop = {"time", "images_per_s", "lr", "grad_norm", "critic_grad_norm", "step", "steps"}
     return {
         **{key: value for key, value in last.items() if key not in drop},
@@ -298,5 +301,5 @@ def result(folder: Path, images: int, model: nn.Module, compute: devices.Compute
         "images_seen": images,
         "images_per_s": images / last["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "compute": devices.describe(compute),
+        "compute": described,
     }
