@@ -24,7 +24,7 @@ def join(store: Path) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(number)
         backend = "cpu:gloo,cuda:nccl"
-    file = distributed.FileStore(str(store), count)
+    file = distributed.FileStore(str(store), count)  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=file, rank=number, world_size=count, timeout=TIMEOUT)
 
 
