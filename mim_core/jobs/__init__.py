@@ -125,7 +125,8 @@ def work(job: Mapping[str, Any], store: Path) -> None:
         if type(error) is not RuntimeError and not isinstance(error, distributed.DistError):
             answer = {"error": _said(error)[:MOST_SAID]}
     if answer:
-        os.write(answers, (json.dumps(answer) + "\n").encode())
+        with suppress(BrokenPipeError):  # whoever asked is gone
+            os.write(answers, (json.dumps(answer) + "\n").encode())
     if not code:
         with suppress(RuntimeError):
             ranks.agreed(True)  # rank 0 may still wait for what the others have sent
