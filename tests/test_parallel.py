@@ -198,7 +198,7 @@ def test_a_rank_that_is_killed_ends_the_job_within_seconds_and_it_goes_on_to_the
         begun = time.monotonic()
         assert server.stdout
         said = json.loads(server.stdout.readline())
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < 30
         assert said["died"].startswith("one of the 2 ranks was killed or broke down; the same job goes on")
         assert curve(broken, "loss")[-1] != curve(whole, "loss")[-1]
         assert ask(server, wire)["result"]["steps"] == 200
@@ -251,5 +251,5 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path, pack: Pack
         below = psutil.Process(server.pid).children(recursive=True)
         assert len(below) >= 3
         server.kill()
-        _, alive = psutil.wait_procs(below, 20)
+        _, alive = psutil.wait_procs(below, 30)
         assert not alive
