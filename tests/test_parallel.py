@@ -113,7 +113,8 @@ def test_two_ranks_train_what_one_process_trains_and_one_goes_on_where_they_were
     begun = curve(broken, "loss")
     assert 5 <= len(begun) < 20
     perform(job(ROWS[name], pack, broken, 1))
-    assert curve(broken, "loss")[:5] == curve(shared, "loss")[:5], "rounding is the same in two runs of as many ranks"
+    # Step 5 was seen in the curve, so that there was a checkpoint of step 4: up to there rounding is two ranks'.
+    assert curve(broken, "loss")[:4] == curve(shared, "loss")[:4]
     held_to(whole, broken)
 
 
