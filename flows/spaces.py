@@ -15,7 +15,7 @@ from mim_core.changes import Changes, changed, label, value_at
 
 Settings = dict[str, float | int | str]
 Row = dict[str, Any]
-UNCOMPARED = ("seed", "checkpoint_minutes")
+UNCOMPARED = ("seed", "checkpoint_minutes", "devices")
 """Keys of a pretrain row that say nothing about the method."""
 
 

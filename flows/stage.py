@@ -106,8 +106,9 @@ class Stage:
             raise workspace.UserError(f"packs/{dataset}: there is no pack; run `dvc repro prepare@{dataset}`")
         self.start = start_of(self.rows, self.section, self.params)
         begun_from = self.start.digest() if self.start else ""
-        # What names the work: the same key means that a checkpoint of it can be gone on from.
-        self.key = workspace.digest([name, row, self.params, self.data, workspace.code_fingerprint(), begun_from])
+        # What names the work: the same key means that a checkpoint of it can be gone on from, on any number of devices.
+        params = {key: value for key, value in self.params.items() if key != "devices"}
+        self.key = workspace.digest([name, row, params, self.data, workspace.code_fingerprint(), begun_from])
         self.state = workspace.jobs_folder() / f"{name}-{row}-{self.key[:16]}"
         self.state.mkdir(parents=True, exist_ok=True)
         self.spans: list[Span] = []

@@ -67,7 +67,7 @@ def publish(stage: Stage, training: Training, record: Any, job: Path, result: di
         data=stage.data,
         parents=stage.parents,
         started=stage.started,
-        device_seconds=result["seconds"],
+        device_seconds=result["seconds"] * result["compute"].get("devices", 1),
         images_seen=result["images_seen"],
         compute=result["compute"],
         metrics=metrics,

@@ -122,6 +122,8 @@ class Worker:
         if not answer:
             raise self._died(folder)
         said = json.loads(answer)
+        if "died" in said:
+            raise JobDiedError(f"{folder.name}: {said['died']} (details in {self.log})")
         if "error" in said:
             with self.log.open("a") as log:
                 log.write(said["traceback"])

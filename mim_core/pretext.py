@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mim_core import ranks
 from mim_core.adversarial import Critic
 from mim_core.data.order import Address, read_images
 from mim_core.data.pack import Pack, Split
@@ -118,7 +119,8 @@ class Pretext(nn.Module):
     """The objective of a masked model: its prediction against a target, over the scope's entries.
 
     The mean runs over the entries of the whole batch, as in the published code of all these methods, and not over each
-    image first. With a `critic` there are two players.
+    image first. With a `critic` there are two players. On several ranks the batch is that of all of them, and `shared`
+    is the model as they train it.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Pretext(nn.Module):
         self.model, self.target = model, target
         self.loss, self.scope, self.pack, self.compute = loss, scope, pack, compute
         self.critic, self.critic_weight, self.critic_sees = critic, critic_weight, critic_sees
+        self.shared: nn.Module | None = None
 
     def losses(self, batch: Masked, step: int) -> Iterator[tuple[str, Tensor]]:
         images = self.compute.send(batch.images)
@@ -148,11 +151,18 @@ class Pretext(nn.Module):
         rows = rows_of(mask)
         wanted = None if rows is None else self.compute.send(rows)
         target = self.target(images)
+        together = self.shared if self.model.training else None
         with self.compute.autocast():
-            prediction = self.model(images, batch.hidden, wanted)
+            prediction = (together or self.model)(images, batch.hidden, wanted)
         prediction = prediction.float()
-        weighed = None if weights is None else self.compute.send(chosen(weights, rows))
-        loss = self.mean_loss(prediction, chosen(target, wanted), weighed)
+        weighed = None if weights is None else chosen(weights, rows)
+        loss = self.mean_loss(
+            prediction, chosen(target, wanted), None if weighed is None else self.compute.send(weighed)
+        )
+        if together:
+            # The mean of the ranks' losses is to be that over all entries, however many of them each rank has.
+            entries = (self.compute.send(mask.sum()) if weighed is None else (weighed > 0).sum()).float()
+            loss = loss * entries / ranks.mean(entries)
         if self.critic:
             real, fake = self.views(prediction, target, self.compute.send(mask))
             with self.compute.autocast():

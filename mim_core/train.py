@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mim_core import ranks
 from mim_core.optim import Player
 
 Scalars = dict[str, float]
@@ -65,16 +66,15 @@ def train(
 ) -> None:
     """Train from `start` steps done to `steps` done; `batches` begin with the batch of step `start`.
 
-    Reported scalars are means over the steps since the last report; `window` holds their sums, and those that a stop
-    between two reports left, so that what is reported is the same. `save` gets the steps done and whether it must
-    write now. Raises NonFiniteLossError; StoppedError where `stop` becomes true, which is asked after each step, so
-    that an evaluation is finished first.
+    Reported scalars are means over the steps since the last report; `window` holds their sums, also those that a stop
+    left. `save` gets the steps done and whether it must write now. Raises NonFiniteLossError; StoppedError where
+    `stop`, asked after each step, is true on any rank: an evaluation is finished first.
     """
     window = {} if window is None else window
     since, images, begun = start - (start % report_every if window else 0), 0, time.perf_counter()
     for step, batch in enumerate(batches, start):
-        # Dropout and drop path draw from a stream that the step alone names, so a resume needs no generator state.
-        torch.manual_seed(seed << 32 | step)
+        # Dropout and drop path draw from a stream that step and rank name, so a resume needs no generator state.
+        torch.manual_seed(seed << 32 | ranks.number() << 26 | step)
         for name, loss in objective.losses(batch, step):
             loss.backward()  # type: ignore[no-untyped-call]
             norm = players[name].step(step)
@@ -85,11 +85,11 @@ def train(
             for key, value in ((f"{prefix}loss", loss.detach()), (f"{prefix}grad_norm", norm)):
                 # Summed on the device: reading a value here would make the device wait at every step.
                 window[key] = window[key] + value if key in window else value
-        images += len(batch)
-        done = step + 1
+        images, done = images + len(batch), step + 1
         if due(done, report_every, steps):
             scalars = _sound(window, players, since, done)
-            scalars |= {"lr": players["model"].rate(step), "images_per_s": images / (time.perf_counter() - begun)}
+            speed = ranks.total(images) / (time.perf_counter() - begun)
+            scalars |= {"lr": players["model"].rate(step), "images_per_s": speed}
             report(done, scalars)
             window.clear()
             since, images, begun = done, 0, time.perf_counter()
@@ -97,7 +97,7 @@ def train(
             paused = time.perf_counter()
             report(done, evaluate(done))
             begun += time.perf_counter() - paused
-        stopped = done < steps and stop()
+        stopped = done < steps and ranks.agreed(stop())
         if stopped or due(done, save_every, steps):
             if window:
                 _sound(window, players, since, done)
@@ -109,8 +109,8 @@ def train(
 
 
 def _sound(window: Mapping[str, Tensor], players: Mapping[str, Player], since: int, done: int) -> Scalars:
-    """Give the means of a window's sums; raises NonFiniteLossError where one, or a weight after it, is not finite."""
-    scalars = {key: value.item() / (done - since) for key, value in window.items()}
+    """Give a window's means, over the ranks too; raises NonFiniteLossError where one, or a weight, is not finite."""
+    scalars = {key: ranks.mean(value).item() / (done - since) for key, value in window.items()}
     for key, value in scalars.items():
         if key.endswith(("loss", "grad_norm")) and not math.isfinite(value):
             raise NonFiniteLossError(f"{key} is {value}", since, done)

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mim_core import ranks
 from mim_core.data.pack import Pack, Sample, Source, open_pack, write
+from mim_core.jobs import perform
 from mim_core.params import DownstreamRow, PretrainRow, TargetRow
 from mim_core.spec import check
 
@@ -143,6 +145,14 @@ def python(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=root
     )
+
+
+def be_rank(number: int, count: int, job: Mapping[str, Any], store: Path) -> None:
+    """Work on a job as one of `count` ranks, in a process that somebody else starts."""
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(count), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks.join(store)
+    perform(job)
+    ranks.agreed(True)
 
 
 def send(process: subprocess.Popen[str], job: Mapping[str, Any]) -> None:

@@ -16,7 +16,20 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "mim_core"
 # A module may import from lines above its own, and a package's modules from one another. Never sideways.
 LEVELS = (
-    ("changes", "checkpoint", "devices", "files", "grid", "locks", "losses", "metrics", "optim", "spec", "statistics"),
+    (
+        "changes",
+        "checkpoint",
+        "devices",
+        "files",
+        "grid",
+        "locks",
+        "losses",
+        "metrics",
+        "optim",
+        "ranks",
+        "spec",
+        "statistics",
+    ),
     ("blocks", "gallery", "masks", "positions", "train", "transforms"),
     ("data", "encoders", "fills", "heads", "tokenizers"),
     ("targets",),

@@ -23,7 +23,8 @@ Address = tuple[int, int]
 class Order(Sampler[list[Address]]):
     """Batches of addresses from step `start` to step `steps`; each epoch has its own permutation.
 
-    The incomplete batch at an epoch's end is left out, as in the papers' code.
+    The incomplete batch at an epoch's end is left out, as in the papers' code. Of `ranks` ranks, `rank` gets its share
+    of each batch: together they see what one alone would.
     """
 
     indices: np.ndarray
@@ -31,6 +32,8 @@ class Order(Sampler[list[Address]]):
     seed: int
     start: int
     steps: int
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -46,7 +49,7 @@ class Order(Sampler[list[Address]]):
             if shuffled is None or shuffled[0] != epoch:
                 shuffled = epoch, generator(self.seed, epoch, 0, stream=2).permutation(self.indices)
             for_step = shuffled[1][at * self.batch : (at + 1) * self.batch]
-            yield [(epoch, int(index)) for index in for_step]
+            yield [(epoch, int(index)) for index in for_step[self.rank :: self.ranks]]
 
 
 def read_images(

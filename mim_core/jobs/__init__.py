@@ -10,6 +10,9 @@ A job stops at its next step, with a checkpoint, where the process gets SIGTERM 
 `{"stopped": step}`, and the process serves on. An evaluation is finished first, and what trains nothing (neighbours, a
 palette, the score on test images) goes on to its result. Where standard input closes, the process stops its job in the
 same way and ends, after STOP_SECONDS at most.
+
+A pretraining row with `devices` above 1 is trained by as many processes of its own, `python -m mim_core.jobs JOB STORE`
+each, that the elastic launcher starts and ends. Where one of them dies, the answer is `{"died": why}`.
 """
 
 from __future__ import annotations
@@ -23,14 +26,18 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
+from mim_core import ranks
 from mim_core.data.pack import open_pack
 from mim_core.jobs.downstream import downstream
 from mim_core.jobs.fit_target import fit_target
+from mim_core.jobs.launch import LostRankError, launch
 from mim_core.jobs.pretrain import pretrain
 from mim_core.jobs.run import STOP
 from mim_core.locks import held
@@ -38,30 +45,85 @@ from mim_core.params import DownstreamRow, PretrainRow, TargetRow
 from mim_core.spec import check
 from mim_core.train import StoppedError
 
-__all__ = ["STOP_SECONDS", "downstream", "fit_target", "main", "perform", "pretrain"]
+__all__ = ["STOP_SECONDS", "LostRankError", "downstream", "fit_target", "main", "perform", "pretrain", "work"]
 
 STOP_SECONDS = 5.0
 """How long a process whose parent is gone may take to write its job's checkpoint."""
+MOST_SAID = 3000
+"""Characters of a rank's error: ranks write to one pipe, which takes a line of 4096 bytes as a whole."""
 
 
 def perform(job: Mapping[str, Any]) -> dict[str, Any]:
     """Run a job as it comes over the wire: `kind`, `row`, `pack`, `folder`, `seed`; for pretrain `fitted`
     and, where it is probed, `probe`; for downstream `lr`, `init`, `test`.
 
-    Raises StoppedError where it was asked to stop, HeldError where another process does not leave its folder: one whose
-    parent was killed may still be writing its last checkpoint there.
+    Raises StoppedError where it was asked to stop, LostRankError where one of its ranks died, HeldError where another
+    process does not leave its folder: one whose parent was killed may still be writing its last checkpoint there.
     """
     pack, folder, seed = open_pack(Path(job["pack"])), Path(job["folder"]), job["seed"]
     torch.set_num_threads(job["threads"])
-    end = time.monotonic() + 2 * STOP_SECONDS
-    with held(folder / "worker.lock", f"{folder}: this job", lambda: time.monotonic() > end):
+    if job["kind"] == "pretrain":
+        method = check(PretrainRow, job["row"], "row")
+        if method.devices > 1 and ranks.count() == 1:
+            return launch(job, method.devices)
+        fitted = Path(job["fitted"]) if job["fitted"] else None
+        with nullcontext() if ranks.number() else _alone(folder):
+            return pretrain(method, pack, folder, seed, fitted, job.get("probe"))
+    with _alone(folder):
         if job["kind"] == "fit_target":
             return fit_target(check(TargetRow, job["row"], "row"), pack, folder, seed)
-        if job["kind"] == "pretrain":
-            fitted = Path(job["fitted"]) if job["fitted"] else None
-            return pretrain(check(PretrainRow, job["row"], "row"), pack, folder, seed, fitted, job.get("probe"))
         row = check(DownstreamRow, job["row"], "row")
         return downstream(row, pack, folder, seed, job["lr"], job["init"], job["test"])
+
+
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    end = time.monotonic() + 2 * STOP_SECONDS
+    return held(folder / "worker.lock", f"{folder}: this job", lambda: time.monotonic() > end)
+
+
+def work(job: Mapping[str, Any], store: Path) -> None:
+    """Be one rank of a job, and answer: rank 0 what came of it, any rank what went wrong with itself.
+
+    Rank 0 stops the job on a line from standard input, and where that closes, which it does when the parent dies.
+    """
+    answers = os.dup(1)
+    os.dup2(2, 1)
+
+    def read() -> None:
+        for _ in sys.stdin:
+            STOP.asked = True
+        STOP.asked = True
+        time.sleep(STOP_SECONDS)
+        os._exit(1)
+
+    code = 0
+    answer: dict[str, Any] = {}
+    try:
+        ranks.join(store)
+        if not ranks.number():
+            threading.Thread(target=read, daemon=True).start()
+        result = perform(job)
+        answer = {} if ranks.number() else {"result": result}
+    except StoppedError as stopped:
+        answer = {} if ranks.number() else {"stopped": stopped.step}
+    except Exception as error:
+        traceback.print_exc()
+        code = 1
+        # These two tell, as a rule, that another rank does not answer any more: then the word is that one's.
+        if type(error) is not RuntimeError and not isinstance(error, distributed.DistError):
+            answer = {"error": _said(error)[:MOST_SAID]}
+    if answer:
+        with suppress(BrokenPipeError):  # whoever asked is gone
+            os.write(answers, (json.dumps(answer) + "\n").encode())
+    if not code:
+        with suppress(RuntimeError):
+            ranks.agreed(True)  # rank 0 may still wait for what the others have sent
+    os._exit(code)
+
+
+def _said(error: Exception) -> str:
+    kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
+    return f"{kind}{error}"
 
 
 def main() -> None:
@@ -98,9 +160,10 @@ def main() -> None:
             answer: dict[str, Any] = {"result": perform(json.loads(line))}
         except StoppedError as stopped:
             answer = {"stopped": stopped.step}
+        except LostRankError as lost:
+            answer = {"died": str(lost)}
         except Exception as error:
-            kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
-            answer = {"error": f"{kind}{error}", "traceback": traceback.format_exc()}
+            answer = {"error": _said(error), "traceback": traceback.format_exc()}
         answer["span"] = [begun, time.time()]
         if closed.is_set():
             os._exit(0)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mim_core import checkpoint, devices, gallery
+from mim_core import checkpoint, devices, gallery, ranks
 from mim_core.adversarial import Critic
 from mim_core.data.order import Order
 from mim_core.data.pack import Pack, Split
@@ -48,8 +48,8 @@ def pretrain(
     `fitted` is the file of the tokenizer that the target needs. `probe`, in the words of `Probing`, has a linear
     classifier judge the encoder on the way: `probe_score` of some of the curve's lines; what is trained is the same
     with it. Gives the final scalars: losses, hole-only PSNR in dB on validation images where the target is a picture,
-    share of the pixels hidden, SimMIM's AvgDist in px, seconds, images seen. Raises ValueError for a probe that the
-    dataset has no labels for.
+    share of the pixels hidden, SimMIM's AvgDist in px, seconds, images seen; nothing on ranks above 0, as rank 0 tells.
+    Raises ValueError for a probe that the dataset has no labels for.
     """
     compute = devices.choose(precision=row.precision)
     probing = check(Probing, dict(probe), "probe") if probe is not None else None
@@ -62,6 +62,8 @@ def pretrain(
     images, held = pack.split("train"), pack.split("validation")
     # Validation masks are those of epoch 0 under the row's seed: the same at every evaluation.
     seen = MaskedFetch(held, encoder.grid, mask, None, seed)([(0, i) for i in range(min(VALIDATED, len(held)))])
+    if ranks.count() > 1:
+        objective.shared = ranks.shared(model)
     run = Run(folder, trained, players, steps, row.checkpoint_minutes)
     # A multiple of the probes, so that each falls on an evaluation.
     evaluations = probing.evaluations * math.ceil(EVALUATIONS / probing.evaluations) if probing else EVALUATIONS
@@ -89,6 +91,8 @@ def pretrain(
     order = Order(np.arange(len(images)), batch, seed, 0, steps)
     fetch = MaskedFetch(images, encoder.grid, mask, row.augment, seed, compute.device.type == "cuda")
     run.train(objective, fetch, order, evaluate, evaluations)
+    if ranks.number():
+        return {}
     head = about(row.encoder, pack)
     checkpoint.write_weights(folder / "encoder.safetensors", encoder.state_dict(), head)
     checkpoint.write_weights(folder / "model.safetensors", model.state_dict(), {"row": row.model_dump(mode="json")})

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mim_core import checkpoint, devices
+from mim_core import checkpoint, devices, ranks
 from mim_core.data.order import Order, loader
 from mim_core.data.pack import Pack
 from mim_core.files import read_curve, write_atomically
@@ -48,7 +48,7 @@ class MemoryFullError(RuntimeError):
 
 @dataclass
 class Run:
-    """The files of a job while it trains."""
+    """The files of a job while it trains; of several ranks, rank 0 writes them and all read them."""
 
     folder: Path
     model: nn.Module
@@ -68,6 +68,8 @@ class Run:
 
     def resume(self) -> int:
         """Load the newest whole checkpoint, cut the curve back to it, and give the steps done."""
+        if ranks.number():
+            ranks.agreed(True)  # rank 0 sets damaged checkpoints aside first
         self.folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.newest(self.folder / "checkpoints")
         step = 0
@@ -82,9 +84,12 @@ class Run:
             self.window = {name: one.to(_device(self.model)) for name, one in players[WINDOW].items()}
             step, self.seconds = about["step"], about["seconds"]
             self.slowed = {int(key): tries for key, tries in about["slowed"].items()} | self.slowed
+        if ranks.number():
+            return step
         curve = self.folder / "curve.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_curve(curve) if line["step"] <= step]
         write_atomically(curve, "".join(kept))
+        ranks.agreed(True)
         return step
 
     def _frozen(self) -> dict[str, Tensor]:
@@ -96,6 +101,8 @@ class Run:
         return self.seconds + time.perf_counter() - self.begun
 
     def report(self, step: int, scalars: Scalars) -> None:
+        if ranks.number():
+            return
         line = {"step": step, "steps": self.steps, "seconds": self.elapsed(), "time": time.time(), **scalars}
         text, curve = json.dumps(line) + "\n", self.folder / "curve.jsonl"
         with checkpoint.written(curve, len(text)), curve.open("a") as file:
@@ -106,12 +113,15 @@ class Run:
 
         Frozen parameters are not written: they are there before a resume as they were at the start.
         """
+        window = {name: ranks.mean(one).cpu() for name, one in self.window.items()}
+        if ranks.number():
+            return
         if not now and step < self.steps and time.perf_counter() - self.saved < self.minutes * 60:
             return
         frozen = self._frozen()
         weights = {name: one for name, one in self.model.state_dict().items() if name not in frozen}
         players = {name: player.state_dict() for name, player in self.players.items()}
-        players[WINDOW] = {name: one.cpu() for name, one in self.window.items()}
+        players[WINDOW] = window
         about = {"seconds": self.elapsed(), "slowed": self.slowed}
         checkpoint.save(self.folder / "checkpoints", step, weights, players, about)
         self.first, self.saved = {}, time.perf_counter()
@@ -189,7 +199,8 @@ class Run:
                 "tries": tries,
                 "images": images,
             }
-            write_atomically(self.folder / NONFINITE, json.dumps(note))
+            if not ranks.number():
+                write_atomically(self.folder / NONFINITE, json.dumps(note))
             seen = ", ".join(str(index) for index in images[0][:8])
             error.args = (
                 f"{error}. Tried {tries} times more from a checkpoint, at down to 1/{2**tries} of the rate. "
@@ -198,7 +209,8 @@ class Run:
             raise error
         slow = [error.since - every * back for back in range(tries + 1)]
         self.slowed |= {since: max(tries + 1, self.slowed.get(since, 0)) for since in slow}
-        checkpoint.drop_after(self.folder / "checkpoints", slow[-1])
+        if not ranks.number():
+            checkpoint.drop_after(self.folder / "checkpoints", slow[-1])
         spent = self.elapsed()
         step = self.resume()
         if not step:
@@ -227,6 +239,8 @@ class Run:
         averages = [player.average for player in self.players.values() if player.average]
 
         def judge(step: int) -> Scalars:
+            if ranks.number():
+                return {}
             with ExitStack() as stack:
                 for average in averages:
                     stack.enter_context(average.worn())
@@ -238,7 +252,7 @@ class Run:
         train(
             objective,
             self.players,
-            loader(fetch, Order(order.indices, order.batch, order.seed, start, self.steps)),
+            loader(fetch, replace(order, start=start, rank=ranks.number(), ranks=ranks.count())),
             seed=order.seed,
             start=start,
             steps=self.steps,
@@ -307,6 +321,9 @@ def result(folder: Path, images: int, model: nn.Module, compute: devices.Compute
     last: dict[str, Any] = {}
     for line in read_curve(folder / "curve.jsonl"):
         last |= line
+    described = devices.describe(compute)
+    if described["type"] == "cuda" and ranks.count() > 1:
+        described["devices"] = ranks.count()
     drop = {"time", "images_per_s", "lr", "grad_norm", "critic_grad_norm", "step", "steps"}
     return {
         **{key: value for key, value in last.items() if key not in drop},
@@ -314,5 +331,5 @@ def result(folder: Path, images: int, model: nn.Module, compute: devices.Compute
         "images_seen": images,
         "images_per_s": images / last["seconds"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "compute": devices.describe(compute),
+        "compute": described,
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from mim_core.adversarial import Critic
 from mim_core.devices import Compute, unreal
@@ -35,6 +36,7 @@ NEUTRAL_CLASSES = ("a", "b")
 """Classes of a task while no data is read."""
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 NOWHERE = "check the name"
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 STARTS = {
     "baselines": "a baseline begins from 'scratch' or from 'timm:NAME'",
     "supervised": "a supervised row begins from a file of weights",
@@ -154,6 +156,8 @@ def _unfit(row: PretrainRow, model: Any, target: Any, masks: list[np.ndarray]) -
             yield f"fill: '{fill}' leaves patches out, and {missing}; use transformer_decoder"
         if len({int(mask.sum()) for mask in masks}) > 1:
             yield f"fill: '{fill}' needs masks that hide equally many patches; '{row.mask.name}' does not; use random"
+    if row.devices > 1 and any(isinstance(one, BATCH_NORMS) for one in model.modules()):
+        yield f"devices: found {row.devices}; '{encoder}' or '{head}' needs the whole batch for BatchNorm; use 1"
     classes = target.entries.classes > 0
     if classes != (row.loss.name in CLASS_LOSSES):
         kind, wanted = ("classes", "cross_entropy") if classes else ("numbers", "l1, smooth_l1 or l2")

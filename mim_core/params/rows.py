@@ -156,6 +156,21 @@ class PretrainRow(Strict):
     seed: Seed = 0
     precision: Precision = "auto"
     checkpoint_minutes: Positive = 1.0
+    devices: Whole = 1
+    """GPUs, or without any processes, that share each batch: what is trained is the same, up to rounding."""
+
+    @model_validator(mode="after")
+    def _batches_are_shared(self) -> PretrainRow:
+        if self.devices > self.optim.batch:
+            raise ValueError(
+                f"devices: found {self.devices}; each needs an image of the batch of {self.optim.batch}; choose fewer"
+            )
+        if self.devices > 1 and self.adversarial:
+            raise ValueError(
+                f"devices: found {self.devices} beside adversarial; its critic needs the whole batch for BatchNorm; "
+                "delete devices"
+            )
+        return self
 
     @property
     def fitted(self) -> str | None:
