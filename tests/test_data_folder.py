@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_core.data import pack
 from mim_core.data import folder as folders
+from mim_core.data import pack
 from mim_core.data.folder import folder
 from mim_core.data.records import Found
 from mim_core.data.splits import digest, published_splits, share_out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -31,10 +31,10 @@ from mim_core.data import pack, records
 from mim_core.data.folder import folder
 from mim_core.data.work import Work
 
-def main(images, target, key, processes, piece):
+def main(images, target, key, processes, piece, *size):
     records.LOOK_IMAGES = pack.PIECE_IMAGES = piece
     with Work(target.with_name(".part"), key, processes, print, worth_s=0) as work:
-        pack.write(folder(images, size_px=(12, 16)), target, {"name": "some"}, work)
+        pack.write(folder(images, size_px=size), target, {"name": "some"}, work)
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 if __name__ == "__main__":
@@ -95,7 +95,7 @@ def test_any_number_of_processes_and_any_kill_give_the_same_pack(
     target, kills, began = tmp_path / "pack", 0, 0
     rng = random.Random(5)
     while not target.exists():
-        process = start(tmp_path / "prepare.py", root, target, "key", 2, 16)
+        process = start(tmp_path / "prepare.py", root, target, "key", 2, 16, *SIZE)
         # From the first piece on, which a busy machine may come to late.
         while kills < 4 and process.poll() is None and len(list((tmp_path / ".part").glob("done/*"))) <= began:
             time.sleep(0.005)
@@ -112,6 +112,21 @@ def test_any_number_of_processes_and_any_kill_give_the_same_pack(
     assert kills >= 1
     assert content(target) == expected
     assert not (tmp_path / ".part").exists()
+
+
+def test_progress_says_images_a_second_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = pytest.importorskip("flows.progress")
+    monkeypatch.setattr(progress, "LINE_SECONDS", -1.0)
+    with progress.Bar("prepare some", 1) as bar, Work(progress=bar.count) as work:
+        for name in ("read", "write train"):
+            list(work.map(name, added, [(1, 2), (3, 4)], [100, 50]))
+    said = capsys.readouterr().out.splitlines()
+    numbers = [("read", 100), ("read", 150), ("write train", 100), ("write train", 150)]
+    assert len(said) == len(numbers)
+    for line, (name, done) in zip(said, numbers, strict=True):
+        assert re.fullmatch(rf"  prepare some  {name} {done}/150  \d+ images/s  \d+ s left", line), line
 
 
 def test_another_key_begins_afresh(root: Path, tmp_path: Path) -> None:
@@ -189,22 +204,16 @@ def test_moments_are_those_of_all_values_at_once(shape: tuple[int, ...]) -> None
     assert channel_moments(pixels).tolist() == [mean.tolist(), np.sqrt(square - mean**2).tolist()]
 
 
-def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
-    """In MiB: 12,000 images more, whose pixels alone are 7 in the pack, take less than 1 KiB each."""
-    whole = images(tmp_path / "many", 60)
-    content_of = [path.read_bytes() for path in sorted((whole / "cat").glob("*0.png"))]
-    for index in range(16000):  # bytes behind a picture's end make it another file
-        name = f"{'few' if index < 4000 else 'more'}{index:05}.png"
-        (whole / "dog" / name).write_bytes(content_of[index % len(content_of)] + index.to_bytes(4, "little"))
-    few = tmp_path / "few"
-    (few / "dog").mkdir(parents=True)
-    for path in (whole / "dog").glob("few*"):
-        path.replace(few / "dog" / path.name)
-        (whole / "dog" / path.name).hardlink_to(few / "dog" / path.name)
-    peaks = [
-        int(ended(start(tmp_path / "prepare.py", at, tmp_path / f"{at.name}-pack", "", 1, 512)).split()[-1])
-        for at in (few, whole)
-    ]
-    assert peaks[1] - peaks[0] < 12, peaks
+def test_memory_does_not_grow_with_the_pack(tmp_path: Path) -> None:
+    """Of 4,000 images more, whose pixels are 47 MiB, a process keeps the names and labels alone."""
+    pictures = [path.read_bytes() for path in sorted((images(tmp_path / "pictures", 60) / "dog").glob("0*.png"))]
+    peaks = []
+    for count in (1500, 5500):
+        (tmp_path / str(count)).mkdir()
+        for index in range(count):  # bytes behind a picture's end make it another file
+            content = pictures[index % len(pictures)] + index.to_bytes(4, "little")
+            (tmp_path / str(count) / f"{index:05}.png").write_bytes(content)
+        arguments = (tmp_path / str(count), tmp_path / f"{count}-pack", "", 1, 128, 64, 64)
+        peaks.append(int(ended(start(tmp_path / "prepare.py", *arguments)).split()[-1]))
+    assert peaks[1] - peaks[0] < 16, peaks
     assert peaks[1] < 200, "no process that writes packs needs PyTorch"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

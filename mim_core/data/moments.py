@@ -33,7 +33,7 @@ def _sums_on_disk(path: Path, start: int, stop: int) -> Arrays:
 
 
 def _sums(images: np.ndarray) -> np.ndarray:
-    """Sums [2, c] of each channel's values in [0, 1] and of their squares, to the last bit as NumPy adds up all at once.
+    """Sums [2, c] of each channel's values in [0, 1] and of their squares, to the last bit as NumPy adds them at once.
 
     With several channels that is image by image, which needs little memory; one channel it adds up as a whole.
     """

@@ -78,8 +78,8 @@ class Source:
     left_out: Mapping[str, int] = field(default_factory=dict)
     files: Sequence[Path] = ()
     rows: Callable[[str, int, int], Callable[[], Iterable[Sample]]] | None = None
-    """Draws a split's samples from one row up to another, by a function that pickles: so several processes may draw, and
-    none draws again what a kill left. A source that draws only in order has none."""
+    """Draws a split's samples from one row up to another, by a function that pickles, so that several processes may
+    draw, and a process draws on where another was killed. A source that draws only in order has none."""
 
 
 def write(source: Source, folder: Path, about: Mapping[str, Any], work: Work | None = None) -> None:
@@ -185,7 +185,7 @@ def _write_rows(
         given |= {"labels"} if sample.label >= 0 else words & {"labels"}
         assert given == words, f"a source says {sorted(words)}, its sample has {sorted(given)}"
     _put(folder / "images.npy", start, [sample.image for sample in samples])
-    arrays = {
+    arrays: Arrays = {
         "labels": np.array([sample.label for sample in samples], np.int64),
         "origins": np.array([sample.origin for sample in samples], np.int64),
     }

@@ -127,9 +127,7 @@ class Found:
             return draw([records[index] for index in owned[split]], size, fit, channels)
 
         def rows(split: str, start: int, stop: int) -> Callable[[], Iterator[Sample]]:
-            return functools.partial(
-                draw, [records[index] for index in owned[split][start:stop]], size, fit, channels
-            )
+            return functools.partial(draw, [records[index] for index in owned[split][start:stop]], size, fit, channels)
 
         left_out = {split: sum(_left_out(records[index], size, fit) for index in owned[split]) for split in SPLITS}
         return Source(
