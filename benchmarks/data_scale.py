@@ -12,6 +12,7 @@ with what was read there. Writes benchmarks/data_scale.json.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -112,12 +113,16 @@ def prepare(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def opened(given: argparse.Namespace) -> dict[str, Any]:
+    importlib.import_module("torch")  # takes longer than all else, and training has it
+    before, begun = peak_mib(resource.RUSAGE_SELF), time.perf_counter()
     train = pack.open_pack(given.folder / "pack").split("train")
     assert train.tensor(0).shape == (3, SIDE_PX, SIDE_PX)
-    return {"train_images": len(train), "pack_mib": sum(path.stat().st_size for path in files(given)) / 2**20}
+    found = {"open_seconds": time.perf_counter() - begun, "grown_mib": peak_mib(resource.RUSAGE_SELF) - before}
+    return {**found, "train_images": len(train), "pack_mib": sum(path.stat().st_size for path in files(given)) / 2**20}
 
 
 def read(given: argparse.Namespace) -> dict[str, Any]:
+    importlib.import_module("torch")
     train = pack.open_pack(given.folder / "pack").split("train")
     indices = np.random.default_rng(0).integers(0, len(train), min(READS, len(train)))
     found = {}
