@@ -243,14 +243,17 @@ def _recognised(source: Path, folder: Path, form: str | None, say: Say) -> tuple
 
 def _read(source: Path, at: Path, name: str, row: Any, spoiled: list[dict[str, str]], say: Say) -> tuple[Source, str]:
     """Read the dataset as its row says, and list what is refused; gives its source, and where the list is."""
+    from flows.workers import cores
     from mim_core.data.records import NoImagesError
     from mim_core.data.sources import SOURCES
+    from mim_core.data.work import Work
     from mim_core.params import DataRow
     from mim_core.spec import SpecError, build, check
 
     plain = json.loads(json.dumps(row))
     try:
-        read: Source = build(SOURCES, check(DataRow, plain, f"data.{name}").source, at)
+        with Work(processes=cores()):
+            read: Source = build(SOURCES, check(DataRow, plain, f"data.{name}").source, at)
     except SpecError as error:
         raise UserError(f"params/data.yaml: {error}") from None
     except NoImagesError as error:

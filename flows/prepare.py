@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from flows import workspace
 from flows.progress import Bar
 from flows.stage import Stage, artifact_key, command, shown
+from flows.workers import cores
 
 
 @task(cache_policy=NO_CACHE)
@@ -19,16 +20,18 @@ def write_pack(stage: Stage) -> None:
     """Write the pack. No retry: a failure is in the files or the disk, and would come again."""
     from mim_core.data import pack
     from mim_core.data.sources import SOURCES
+    from mim_core.data.work import Work
     from mim_core.params import DataRow
     from mim_core.spec import build, check
 
     row = check(DataRow, stage.params, stage.row)
+    about = {"name": stage.row, "md5": stage.data["md5"], "row": stage.params}
+    # Beside the pack, as it has to be on the same disk; the stage's key names all that it follows from.
+    part = stage.pack.with_name(f".{stage.row}.part")
     try:
-        source = build(SOURCES, row.source, workspace.data_folder(stage.row))
-        total = sum(source.counts.values())
-        about = {"name": stage.row, "md5": stage.data["md5"], "row": stage.params}
-        with Bar(f"prepare {stage.row}", 1) as bar:
-            pack.write(source, stage.pack, about, lambda done: bar.count(done, total))
+        with Bar(f"prepare {stage.row}", 1) as bar, Work(part, stage.key, cores(), bar.count) as work:
+            source = build(SOURCES, row.source, workspace.data_folder(stage.row))
+            pack.write(source, stage.pack, about, work)
     except (ValueError, OSError) as error:
         raise workspace.UserError(f"data/{stage.row}: {error}") from error
 

@@ -23,6 +23,8 @@ class Bar:
         self.latest: dict[str, Mapping[str, float]] = {}
         self.first: dict[str, float] = {}
         self.begun = self.told = time.monotonic()
+        self.counted = "", self.begun, self.begun
+        """What is counted, since when, and when it was last."""
         self.console = Console(file=sys.stdout)
         self.bar: Progress | None = None
 
@@ -78,10 +80,19 @@ class Bar:
         left = f"{spent / new * (1 - done):.0f} s left" if new > 0 else ""
         return f"{steps}  loss {loss:.4f}  {speed:.0f} images/s  {left}"
 
-    def count(self, done: int, total: int) -> None:
-        """Take the number of images done, for a stage that counts images instead of steps."""
+    def count(self, done: int, total: int, here: int | None = None, name: str = "") -> None:
+        """Take the number of images done, for a stage that counts images instead of steps.
+
+        `here` leaves out those that a process before this one has done, and `name` says which of a stage's works it is.
+        """
         now = time.monotonic()
-        said = f"{done}/{total}  {done / (now - self.begun):.0f} images/s"
+        if name != self.counted[0]:
+            self.counted = name, self.counted[2], now
+        begun = self.counted[1]
+        pace = (done if here is None else here) / max(now - begun, 1e-3)
+        left = f"  {(total - done) / pace:.0f} s left" if pace else ""
+        said = f"{name} {done}/{total}  {pace:.0f} images/s{left}".lstrip()
+        self.counted = name, begun, now
         if self.bar:
             self.bar.update(self.task, completed=done / total, said=said)
         elif now - self.told > LINE_SECONDS:

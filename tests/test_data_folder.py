@@ -9,13 +9,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mim_core.data import folder as folders
 from mim_core.data import pack
-from mim_core.data.folder import folder, scan
+from mim_core.data.folder import folder
+from mim_core.data.records import Found
 from mim_core.data.splits import digest, published_splits, share_out
 
 
 def noise(seed: int, height: int = 40, width: int = 60) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def scan(root: Path) -> tuple[dict[Path, tuple[int, int, int]], list[dict[str, str]]]:
+    """The readable images with their shapes, and what is refused."""
+    found = Found(root, "rgb")
+    return folders.scan(found), found.quarantined
 
 
 def refused(root: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mim_core.data import pack
+from mim_core.data.moments import channel_moments
 from mim_core.data.pack import SPLITS, Pack, Sample, Source
 from mim_core.data.scenes import BANDS, FILES, scenes, split_digits
 
@@ -151,10 +152,10 @@ def test_channel_moments_are_numpys(packed: Pack) -> None:
     images = np.asarray(packed.split("train").images) / 255
     assert packed.mean == pytest.approx(images.mean((0, 2, 3)))
     assert packed.std == pytest.approx(images.std((0, 2, 3)))
-    chunked = pack.channel_moments(np.asarray(packed.split("train").images), chunk=7)
+    chunked = channel_moments(np.asarray(packed.split("train").images), chunk=7)
     assert chunked == pytest.approx(np.stack([packed.mean, packed.std]))
     constant = np.full((3, 1, 4, 4), 51, np.uint8)
-    assert pack.channel_moments(constant).tolist() == [[pytest.approx(0.2)], [1e-3]]
+    assert channel_moments(constant).tolist() == [[pytest.approx(0.2)], [1e-3]]
 
 
 def test_a_pack_appears_whole_or_not_at_all(tmp_path: Path) -> None:

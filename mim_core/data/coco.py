@@ -123,6 +123,7 @@ def _records(
     images = _images(content["images"], where, folders, found)
     objects = _objects(content["annotations"], where, images, found)
     records: list[Record] = []
+    found.look((listed[1], (listed[0].height, listed[0].width)) for listed in images.values() if listed)
     for number, listed in images.items():
         if listed is None:
             continue

@@ -43,7 +43,9 @@ def csv_table(
     found = Found(root, channels)
     good: list[tuple[Row, str, Record]] = []
     listed: dict[Path, int] = {}
-    for row in _rows(found.use(path), found):
+    rows = _rows(found.use(path), found)
+    found.look(dict.fromkeys((file, None) for file in (_named(root, row) for row in rows) if file))
+    for row in rows:
         try:
             image = named(root, row[1]["file"])
         except RefusedError as reason:
@@ -84,6 +86,13 @@ def header(path: Path) -> list[str]:
             return [column.strip() for column in next(csv.reader(file), [])]
     except (OSError, UnicodeDecodeError, csv.Error):
         return []
+
+
+def _named(root: Path, row: Row) -> Path | None:
+    try:
+        return named(root, row[1]["file"])
+    except RefusedError:
+        return None
 
 
 def _several(row: Row) -> list[str]:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from mim_core.data.fit import Fit
-from mim_core.data.images import Channels, RefusedError, decode
+from mim_core.data.images import Channels, RefusedError
 from mim_core.data.pack import Source
 from mim_core.data.records import Found, Record
 from mim_core.data.splits import Share
@@ -34,7 +34,7 @@ def folder(
     readable image.
     """
     found = Found(root, channels)
-    readable, found.quarantined = scan(root, channels)
+    readable = scan(found)
     classes = sorted({path.relative_to(root).parts[0] for path in readable if path.parent != root})
     found.files.update(readable)
     found.records["train"] = [
@@ -50,41 +50,46 @@ def folder(
     return found.source(classes, annotations, size=size_px, fit=fit, validation=validation, test=test)
 
 
-def scan(root: Path, channels: Channels = "rgb") -> tuple[dict[Path, tuple[int, int, int]], list[dict[str, str]]]:
-    """Find the readable images under `root`, sorted, and the refused files, each with its `file` and `reason`.
+def scan(found: Found) -> dict[Path, tuple[int, int, int]]:
+    """Find the readable images of a dataset's folder, sorted, with their shapes [c, H, W]; the others are refused.
 
-    Images come with their shape [c, H, W]. Links are followed, and each real folder is read once, so that a link to a
-    folder above ends.
+    Links are followed, and each real folder is read once, so that a link to a folder above ends.
     """
-    readable: dict[Path, tuple[int, int, int]] = {}
-    quarantined: list[dict[str, str]] = []
+    paths: list[Path] = []
 
-    def quarantine(path: str | Path, reason: object) -> None:
-        name = os.fsencode(os.path.relpath(path, root)).decode(errors="backslashreplace")
-        quarantined.append({"file": Path(name).as_posix(), "reason": str(reason)})
+    def refuse(path: str | Path, reason: object) -> None:
+        name = os.fsencode(os.path.relpath(path, found.root)).decode(errors="backslashreplace")
+        found.refuse(Path(name).as_posix(), reason)
 
     def unlisted(error: OSError) -> None:
-        quarantine(error.filename, f"the folder cannot be listed ({error.strerror})")
+        refuse(error.filename, f"the folder cannot be listed ({error.strerror})")
 
     seen: set[str] = set()
-    for at, folders, files in os.walk(root, onerror=unlisted, followlinks=True):
+    for at, folders, files in os.walk(found.root, onerror=unlisted, followlinks=True):
         real = os.path.realpath(at)
         if real in seen:
-            quarantine(at, "a link to a folder that is read already under another name")
+            refuse(at, "a link to a folder that is read already under another name")
             folders.clear()
             continue
         seen.add(real)
         # Real folders before links, so that a folder keeps its own name where a link to it stands beside it.
         folders[:] = sorted(visible(folders), key=lambda name: (os.path.islink(os.path.join(at, name)), name))
         for path in (Path(at, name) for name in visible(files)):
-            try:
-                if not _is_utf8(path.relative_to(root)):
-                    raise RefusedError("the file's name is not UTF-8; rename it")
-                depth, height, width = decode(path, channels).shape
-                readable[path] = depth, height, width
-            except RefusedError as reason:
-                quarantine(path, reason)
-    return dict(sorted(readable.items())), sorted(quarantined, key=lambda entry: entry["file"])
+            if _is_utf8(path.relative_to(found.root)):
+                paths.append(path)
+            else:
+                refuse(path, "the file's name is not UTF-8; rename it")
+    paths.sort()
+    found.look((path, None) for path in paths)
+    readable: dict[Path, tuple[int, int, int]] = {}
+    for path in paths:
+        shape = found.seen.pop((path, None))
+        if isinstance(shape, RefusedError):
+            refuse(path, shape)
+        else:
+            readable[path] = shape
+    found.quarantined.sort(key=lambda entry: entry["file"])
+    return readable
 
 
 def visible(names: list[str]) -> list[str]:

@@ -107,6 +107,7 @@ def _records(content: dict[str, list[Any]], numbers: dict[int, int], where: str,
         labels.setdefault(owner, []).append(label)
     records: list[Record] = []
     files: dict[Path, int] = {}
+    found.look(dict.fromkeys((file, None) for value in content["images"] if (file := _file(found.root, value))))
     for index, value in enumerate(content["images"]):
         place: Path | str = f"{where}: images[{index}]"
         try:
@@ -131,3 +132,10 @@ def _records(content: dict[str, list[Any]], numbers: dict[int, int], where: str,
         assert isinstance(only, Label)
         records.append(Record(file, shape, label=numbers[only.category_id], origin=(image.id,)))
     return records
+
+
+def _file(root: Path, value: Any) -> Path | None:
+    try:
+        return named(root, entry(Image, value).file_name)
+    except RefusedError:
+        return None

@@ -14,25 +14,36 @@ labels      stands there where any image has a label
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Int64
 from numpy.lib.format import open_memmap
-from torch import Tensor
+
+from mim_core.data.moments import moments_on_disk
+from mim_core.data.work import Arrays, Work
+from mim_core.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPLITS = ("train", "validation", "test")
 ANNOTATIONS = ("boxes", "instances", "labels", "presence", "semantic")
 DIFFICULT, CROWD = 1, 2
 """Bits of a box's flags: hard to recognise, so that evaluation passes it over; a region of many objects in one box."""
 NOT_JUDGED = 255
+PIECE_BYTES, PIECE_IMAGES = 32 << 20, 1024
+"""The most that is read at once while a pack is written: of images' bytes in the pack, and of images."""
+YIELDS = "a source has to yield as many samples as it says"
 
 
 @dataclass(frozen=True)
@@ -66,39 +77,28 @@ class Source:
     segments: list[str] = field(default_factory=list)
     left_out: Mapping[str, int] = field(default_factory=dict)
     files: Sequence[Path] = ()
+    rows: Callable[[str, int, int], Callable[[], Iterable[Sample]]] | None = None
+    """Draws a split's samples from one row up to another, by a function that pickles, so that several processes may
+    draw, and a process draws on where another was killed. A source that draws only in order has none."""
 
 
-def write(
-    source: Source, folder: Path, about: Mapping[str, Any], progress: Callable[[int], None] = lambda n: None
-) -> None:
+def write(source: Source, folder: Path, about: Mapping[str, Any], work: Work | None = None) -> None:
     """Write a source as a pack; the folder appears when it is complete.
 
+    `work` says by how many processes, and its folder, on the same disk, holds what there is until then: by default one
+    beside the pack, which begins afresh. The pack is the same by any number of processes, and after any kill.
     Raises ValueError where the training split is empty.
     """
     if not source.counts["train"]:
         raise ValueError(f"{folder.name}: no readable training image; add images to the dataset's folder")
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    done = 0
+    work = work or Work(folder.with_name(f".{folder.name}.part"))
+    assert work.folder, "a pack is written on disk"
+    part = work.folder / "pack"
     shape: tuple[int, ...] = ()
-    moments = np.zeros((2, 1))
-    labelled: dict[str, int] = {}
-    for split in SPLITS:
-        writer = None
-        for sample in source.samples(split):
-            if writer is None:
-                shape = sample.image.shape
-                writer = _Writer(part / split, source, source.counts[split], sample)
-            writer.add(sample)
-            done += 1
-            if done % 100 == 0:
-                progress(done)
-        if writer is None:
-            continue
-        writer.close()
-        labelled[split] = int((writer.labels >= 0).sum())
-        if split == "train":
-            moments = channel_moments(writer.images)
+    labelled = {}
+    for split in (split for split in SPLITS if source.counts[split]):
+        shape, labelled[split] = _write_split(source, split, part / split, work.folder / f"{split}.wide.npy", work)
+    moments = moments_on_disk(part / "train" / "images.npy", work)
     meta = {
         **about,
         "channels": shape[0],
@@ -113,81 +113,121 @@ def write(
         "left_out": dict(source.left_out),
         "quarantined": source.quarantined,
     }
-    (part / "meta.json").write_text(json.dumps(meta, indent=1))
+    write_atomically(part / "meta.json", json.dumps(meta, indent=1))
+    work.forget()
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+    shutil.rmtree(work.folder)
 
 
-class _Writer:
-    """The arrays of one split while they are filled."""
+def _write_split(source: Source, split: str, folder: Path, wide: Path, work: Work) -> tuple[tuple[int, ...], int]:
+    """Write a split's arrays in pieces; gives the images' shape [c, H, W], and how many have a label.
 
-    def __init__(self, folder: Path, source: Source, count: int, first: Sample) -> None:
-        folder.mkdir(parents=True)
-        self.folder, self.at, self.annotations = folder, 0, set(source.annotations)
-        assert self.annotations <= set(ANNOTATIONS), f"annotations are words of {ANNOTATIONS}"
-        self.shape = (count, *first.image.shape[1:])
-        self.images = open_memmap(folder / "images.npy", "w+", np.uint8, (count, *first.image.shape))
-        self.labels = np.full(count, -1, np.int64)
-        self.presence = np.full((count, len(source.classes)), -1, np.int8)
-        self.maps: dict[str, np.memmap] = {}
-        for name in self.annotations & {"instances", "semantic"}:
-            self.maps[name] = open_memmap(folder / f"{name}.npy", "w+", np.uint8, self.shape)
-        self.boxes: list[np.ndarray] = []
-        self.flags: list[np.ndarray] = []
-        self.origins: list[tuple[int, ...]] = []
+    `wide` holds instances in 16 bits, until it is known that 8 do for all.
+    """
+    count, words = source.counts[split], frozenset(source.annotations)
+    assert words <= set(ANNOTATIONS), f"annotations are words of {ANNOTATIONS}"
+    rows = source.rows
+    drawn = iter(()) if rows else source.samples(split)
+    first = next(iter(rows(split, 0, 1)())) if rows else next(drawn)
+    shape, size = first.image.shape, first.image.shape[1:]
+    _create(folder / "images.npy", np.uint8, (count, *shape))
+    if "semantic" in words:
+        _create(folder / "semantic.npy", np.uint8, (count, *size))
+    if "instances" in words:
+        _create(wide, np.uint16, (count, *size))
+    step = min(max(PIECE_BYTES // first.image.nbytes, 1), PIECE_IMAGES)
+    spans = [(start, min(start + step, count)) for start in range(0, count, step)]
+    # A source that draws in order alone is drawn here; what a kill left of it is drawn and written anew.
+    drawn = itertools.chain([first], drawn)
+    pieces = (
+        (folder, wide, start, stop, words, len(source.classes))
+        + ((rows(split, start, stop),) if rows else (functools.partial(itertools.islice, drawn, stop - start),))
+        for start, stop in spans
+    )
+    written = (
+        work.map(f"write {split}", _write_rows, pieces, [stop - start for start, stop in spans])
+        if rows
+        else itertools.starmap(_write_rows, pieces)
+    )
+    parts: dict[str, list[np.ndarray]] = {}
+    for arrays in written:
+        for name, array in arrays.items():
+            parts.setdefault(name, []).append(array)
+    assert rows or next(drawn, None) is None, YIELDS
+    whole = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    if "boxes" in whole:
+        whole["box_starts"] = np.cumsum([0, *whole.pop("box_counts").tolist()])
+    if "instances" in words:
+        kind = np.uint16 if whole.pop("highest").max() > 255 else np.uint8
+        _create(folder / "instances.npy", kind, (count, *size))
+        for start, stop in spans:
+            _put(folder / "instances.npy", start, np.load(wide, mmap_mode="r")[start:stop])
+    for name, array in whole.items():
+        np.save(folder / f"{name}.npy", array)
+    return shape, int((whole["labels"] >= 0).sum())
 
-    def add(self, sample: Sample) -> None:
+
+def _write_rows(
+    folder: Path,
+    wide: Path,
+    start: int,
+    stop: int,
+    words: frozenset[str],
+    classes: int,
+    draw: Callable[[], Iterable[Sample]],
+) -> Arrays:
+    """Write the images and maps of the rows from `start` to `stop`; gives what else they have."""
+    samples = list(draw())
+    assert len(samples) == stop - start, YIELDS
+    for sample in samples:
         given = {name for name in ANNOTATIONS[:2] + ANNOTATIONS[3:] if getattr(sample, name) is not None}
-        given |= {"labels"} if sample.label >= 0 else self.annotations & {"labels"}
-        assert given == self.annotations, f"a source says {sorted(self.annotations)}, its sample has {sorted(given)}"
-        self.images[self.at] = sample.image
-        self.labels[self.at] = sample.label
-        self.origins.append(sample.origin)
-        if sample.presence is not None:
-            self.presence[self.at] = sample.presence
-        if sample.boxes is not None:
-            self.boxes.append(sample.boxes.astype(np.float32))
-            flags = np.zeros(len(sample.boxes), np.uint8) if sample.box_flags is None else sample.box_flags
-            self.flags.append(flags.astype(np.uint8))
-        if sample.instances is not None:
-            if sample.instances.max(initial=0) > 255 and self.maps["instances"].dtype == np.uint8:
-                self._widen()
-            self.maps["instances"][self.at] = sample.instances
-        if sample.semantic is not None:
-            self.maps["semantic"][self.at] = sample.semantic
-        self.at += 1
-
-    def _widen(self) -> None:
-        """Go on with instances of 16 bits: an image has more than 255 boxes."""
-        path = self.folder / "instances.npy"
-        wide = open_memmap(path.with_suffix(".wide"), "w+", np.uint16, self.shape)
-        wide[: self.at] = self.maps["instances"][: self.at]
-        path.with_suffix(".wide").replace(path)
-        self.maps["instances"] = wide
-
-    def close(self) -> None:
-        assert self.at == len(self.images), "a source has to yield as many samples as it says"
-        for array in (self.images, *self.maps.values()):
-            array.flush()
-        np.save(self.folder / "labels.npy", self.labels)
-        np.save(self.folder / "origins.npy", np.array(self.origins, np.int64))
-        if "presence" in self.annotations:
-            np.save(self.folder / "presence.npy", self.presence)
-        if "boxes" in self.annotations:
-            np.save(self.folder / "boxes.npy", np.concatenate(self.boxes))
-            np.save(self.folder / "box_flags.npy", np.concatenate(self.flags))
-            np.save(self.folder / "box_starts.npy", np.cumsum([0, *map(len, self.boxes)]))
+        given |= {"labels"} if sample.label >= 0 else words & {"labels"}
+        assert given == words, f"a source says {sorted(words)}, its sample has {sorted(given)}"
+    _put(folder / "images.npy", start, [sample.image for sample in samples])
+    arrays: Arrays = {
+        "labels": np.array([sample.label for sample in samples], np.int64),
+        "origins": np.array([sample.origin for sample in samples], np.int64),
+    }
+    if "presence" in words:
+        arrays["presence"] = np.array([sample.presence for sample in samples], np.int8).reshape(-1, classes)
+    if "semantic" in words:
+        _put(folder / "semantic.npy", start, [sample.semantic for sample in samples])
+    if "instances" in words:
+        maps = [np.asarray(sample.instances) for sample in samples]
+        _put(wide, start, maps)
+        arrays["highest"] = np.array([max(one.max(initial=0) for one in maps)], np.int64)
+    if "boxes" in words:
+        boxes = [np.asarray(sample.boxes, np.float32) for sample in samples]
+        flags = [
+            np.zeros(len(own), np.uint8) if sample.box_flags is None else sample.box_flags.astype(np.uint8)
+            for own, sample in zip(boxes, samples, strict=True)
+        ]
+        arrays |= {"boxes": np.concatenate(boxes), "box_flags": np.concatenate(flags)}
+        arrays["box_counts"] = np.array([len(own) for own in boxes], np.int64)
+    return arrays
 
 
-def channel_moments(images: np.ndarray, chunk: int = 1024) -> np.ndarray:
-    """Mean and standard deviation [2, c] of each channel in [0, 1], over all pixels, in float64."""
-    sums = np.zeros((2, images.shape[1]))
-    for start in range(0, len(images), chunk):
-        part = images[start : start + chunk].astype(np.float64) / 255
-        sums += part.sum((0, 2, 3)), (part**2).sum((0, 2, 3))
-    mean, square = sums / (images.size / images.shape[1])
-    # A constant channel has no deviation to divide by.
-    return np.stack([mean, np.sqrt(np.maximum(square - mean**2, 1e-12)).clip(1e-3)])
+def _create(path: Path, kind: type, shape: tuple[int, ...]) -> None:
+    """Create an array of zeros on disk, where it is not there of this shape from a process that was killed."""
+    with contextlib.suppress(OSError, ValueError):
+        found = np.load(path, mmap_mode="r")
+        if (found.shape, found.dtype) == (shape, np.dtype(kind)):
+            return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    open_memmap(path, "w+", kind, shape).flush()
+
+
+def _put(path: Path, start: int, rows: Any) -> None:
+    """Write rows of an array on disk, and wait until they are there; a full disk is an OSError (in a map, a crash)."""
+    array = np.load(path, mmap_mode="r")
+    stacked = np.ascontiguousarray(np.stack(rows), array.dtype)
+    assert stacked.shape[1:] == array.shape[1:], "a source's images have one shape"
+    with path.open("r+b") as file:
+        file.seek(array.offset + start * stacked[0].nbytes)
+        file.write(stacked.data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -208,10 +248,14 @@ class Split:
 
     def tensor(self, index: int) -> Tensor:
         """One image as a uint8 tensor [c, H, W] of its own."""
+        import torch  # processes that only write packs do without
+
         return torch.from_numpy(np.array(self.images[index]))
 
     def tensors(self, indices: Sequence[int]) -> Tensor:
         """Some images as one uint8 tensor [b, c, H, W] of its own."""
+        import torch
+
         return torch.from_numpy(np.asarray(self.images)[list(indices)])
 
     def array(self, name: str) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -14,12 +15,16 @@ from mim_core.data.fit import Fit, Placing, place
 from mim_core.data.images import Channels, RefusedError, decode
 from mim_core.data.pack import NOT_JUDGED, SPLITS, Sample, Source
 from mim_core.data.splits import Published, digest, published_splits
+from mim_core.data.work import Arrays, current
 
 Map = Callable[[], np.ndarray]
-"""Reads an image's map [h, w], only when the image is drawn."""
+"""Reads an image's map [h, w], only when the image is drawn; it pickles."""
+Frame = tuple[int, int] | None
+LOOK_IMAGES = 512
+"""Images that are looked at as one piece of work."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image and its annotations, all in px of the image as `frame` says (see `images.decode`)."""
 
@@ -53,6 +58,8 @@ class Found:
     quarantined: list[dict[str, str]] = field(default_factory=list)
     files: set[Path] = field(default_factory=set)
     """What a copy of the dataset needs: annotations and every file that they name and that is there."""
+    seen: dict[tuple[Path, Frame], tuple[int, int, int] | RefusedError] = field(default_factory=dict)
+    marks: dict[Path, bytes] = field(default_factory=dict)
 
     def refuse(self, what: Path | str, reason: object) -> None:
         """List a file, or a place in one such as `labels.csv line 3`, with the reason why it is left out."""
@@ -65,11 +72,30 @@ class Found:
             self.files.add(path)
         return path
 
+    def look(self, images: Iterable[tuple[Path, Frame]]) -> None:
+        """Decode images that `shape` will be asked for, by several processes where that is worth it."""
+        wanted = list(images)
+        pieces = [wanted[start : start + LOOK_IMAGES] for start in range(0, len(wanted), LOOK_IMAGES)]
+        arguments = (([str(path) for path, _ in one], [frame for _, frame in one], self.channels) for one in pieces)
+        # Sets of one dataset are looked at one after the other, each as work of its own.
+        name = f"read {len(self.marks)}" if self.marks else "read"
+        looked = current().map(name, _look, arguments, [len(one) for one in pieces])
+        for one, arrays in zip(pieces, looked, strict=True):
+            for image, shape, mark, reason in zip(one, *(arrays[name].tolist() for name in LOOKED), strict=True):
+                self.seen[image] = RefusedError(reason) if reason else tuple(shape)
+                self.marks[image[0]] = mark
+
     def shape(self, path: Path, frame: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """Decode an image for its shape [c, H, W], as reading will: a truncated file shows only here.
 
         Raises RefusedError.
         """
+        if (path, frame) in self.seen:
+            self.use(path)
+            found = self.seen[path, frame]
+            if isinstance(found, RefusedError):
+                raise found
+            return found
         channels, height, width = decode(self.use(path), self.channels, frame).shape
         return channels, height, width
 
@@ -94,13 +120,14 @@ class Found:
             start = sum(map(len, published.values()))
             published = {**published, name: range(start, start + len(part))}
         labels = [record.label for record in records]
-        owned = published_splits(published, lambda index: digest(records[index].path), labels, validation, test)
+        owned = published_splits(published, lambda index: self._mark(records[index].path), labels, validation, test)
         channels = self.channels
 
         def samples(split: str) -> Iterator[Sample]:
-            for index in owned[split]:
-                record = records[index]
-                yield sample(record, place(record.shape[1:], size, fit), channels)
+            return draw([records[index] for index in owned[split]], size, fit, channels)
+
+        def rows(split: str, start: int, stop: int) -> Callable[[], Iterator[Sample]]:
+            return functools.partial(draw, [records[index] for index in owned[split][start:stop]], size, fit, channels)
 
         left_out = {split: sum(_left_out(records[index], size, fit) for index in owned[split]) for split in SPLITS}
         return Source(
@@ -112,7 +139,12 @@ class Found:
             segments=list(segments),
             left_out=left_out,
             files=sorted(self.files),
+            rows=rows,
         )
+
+    def _mark(self, path: Path) -> str:
+        mark = self.marks.get(path)
+        return mark.hex() if mark else digest(path)
 
     def _agree(self) -> None:
         """Keep the images with the most frequent number of channels: a pack has one."""
@@ -125,6 +157,27 @@ class Found:
                 if record.shape[0] != most:
                     self.refuse(record.path, f"has {record.shape[0]} channels, and most images here have {most}")
             self.records[name] = [record for record in part if record.shape[0] == most]
+
+
+LOOKED = ("shapes", "marks", "reasons")
+
+
+def _look(names: Sequence[str], frames: Sequence[Frame], channels: Channels) -> Arrays:
+    """Decode images: their shapes [n, 3], the hashes of their files' bytes, and why those are refused that are."""
+    shapes, marks, reasons = np.zeros((len(names), 3), np.int64), np.zeros(len(names), "V16"), [""] * len(names)
+    for index, (name, frame) in enumerate(zip(names, frames, strict=True)):
+        try:
+            shapes[index] = decode(Path(name), channels, frame).shape
+            marks[index] = bytes.fromhex(digest(Path(name)))
+        except RefusedError as reason:
+            reasons[index] = str(reason)
+    return dict(zip(LOOKED, (shapes, marks, np.array(reasons)), strict=True))
+
+
+def draw(records: Sequence[Record], size: tuple[int, int], fit: Fit, channels: Channels) -> Iterator[Sample]:
+    """Read images, fitted to one size."""
+    for record in records:
+        yield sample(record, place(record.shape[1:], size, fit), channels)
 
 
 def sample(record: Record, placing: Placing, channels: Channels) -> Sample:
