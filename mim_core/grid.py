@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-MOST_CELLS = 2**18
+MOST_CELLS = 2**20
 """Of an image: what masks, positions and relations between them are computed for."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -121,7 +122,7 @@ def test_threads_of_a_process_are_kept_apart(tmp_path: Path) -> None:
     "", "{", "[]", "null", '{"pid": 1}', "\0\0", note(), note(pid=2**30), note(pid=os.getpid()),
     note(host="renamed", boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip() if sys.platform == "linux"
          else ""),
-])  # fmt: skip
+], ids=itertools.count())  # fmt: skip
 def test_what_a_dead_process_of_this_machine_left_is_passed_over(tmp_path: Path, left: str) -> None:
     """Also after the machine was started again, and under a container's new name."""
     (tmp_path / "lock").write_text(left)
