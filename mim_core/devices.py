@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -64,11 +65,32 @@ def _cpu_multiplies_bf16() -> bool:
     return any(probe() for probe in probes if probe)
 
 
+class _Valueless(TorchFunctionMode):
+    """Passes over what only sets values, which nothing on the meta device has: most of the time would go there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SETTERS:
+            first = args[0] if args else kwargs["tensor"]
+            if first.is_meta:
+                return first
+        return func(*args, **kwargs)
+
+
+_SETTERS = frozenset(
+    {
+        getattr(Tensor, f"{name}_")
+        for name in ("add", "clamp", "div", "erfinv", "fill", "mul", "normal", "uniform", "zero")
+    }
+    | {getattr(nn.init, f"{name}_") for name in ("constant", "kaiming_uniform", "normal", "uniform")}
+)
+
+
 @contextlib.contextmanager
 def unreal() -> Iterator[None]:
     """Build where nothing takes memory, on torch's meta device; raises ValueError where no tensor has such a size."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Valueless():
             yield
     except (OverflowError, RuntimeError, MemoryError, TypeError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

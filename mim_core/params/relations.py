@@ -330,9 +330,16 @@ def _bytes(model: torch.nn.Module, optim: FineTune | None, critic: torch.nn.Modu
 
 
 def _fault_of(encoder: Piece, size: tuple[int, int], where: str) -> list[str]:
-    try:
-        with unreal():
-            build(ENCODERS, encoder, size, CHANNELS)
-    except ValueError as error:
-        return [f"{where}: {error}"]
-    return []
+    key = (encoder.model_dump_json(), size)
+    if key not in _FAULTS:  # many rows, and all points of most ablations, have one encoder
+        _FAULTS[key] = ""
+        try:
+            with unreal():
+                build(ENCODERS, encoder, size, CHANNELS)
+        except ValueError as error:
+            _FAULTS[key] = str(error)
+    return [f"{where}: {_FAULTS[key]}"] if _FAULTS[key] else []
+
+
+_FAULTS: dict[tuple[str, tuple[int, int]], str] = {}
+"""What is wrong with encoders that were built before, at a size."""
