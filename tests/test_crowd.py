@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Clone, make_clone
+from conftest import Clone, Tried, make_clone
 from mlflow.tracking import MlflowClient
 
 from mim_core.files import read_curve
@@ -58,7 +58,8 @@ def weights(lab: Clone, name: str) -> bytes:
     return (lab.folder / "runs" / "pretrain" / name / "model.safetensors").read_bytes()
 
 
-def test_four_flows_at_once_lose_nothing(lab: Clone) -> None:
+@pytest.mark.reliability
+def test_four_flows_at_once_lose_nothing(lab: Clone, tried: Tried) -> None:
     state = lab.folder / ".unmask"
     (state / "rows.json").unlink(missing_ok=True)  # all four check the rows, and keep what they found
     (state / "md5.json").unlink(missing_ok=True)
@@ -87,9 +88,11 @@ def test_four_flows_at_once_lose_nothing(lab: Clone) -> None:
     for name in ("one", "three"):
         lab.run(sys.executable, "-m", "flows.pretrain", name)
         assert weights(lab, name) == crowded[name], name
+    tried("four flows at once on one repository", 1, "nothing lost")
 
 
-def test_a_row_that_runs_is_refused_a_second_time_and_the_first_goes_on(lab: Clone) -> None:
+@pytest.mark.reliability
+def test_a_row_that_runs_is_refused_a_second_time_and_the_first_goes_on(lab: Clone, tried: Tried) -> None:
     first = pretrain(lab, "long")
     try:
         curves = lab.folder / ".unmask" / "jobs"
@@ -111,6 +114,7 @@ def test_a_row_that_runs_is_refused_a_second_time_and_the_first_goes_on(lab: Clo
         second.send_signal(signal.SIGTERM)
         output, _ = second.communicate(timeout=60)
     assert "interrupted; the same command goes on" in output
+    tried("a row started twice", 1, "the second is refused and told who runs it")
 
 
 def seen(process: subprocess.Popen[str], jobs: Path, more_than: int = 0) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Tried
 from PIL import Image
 
 from mim_core.data import pack, records
@@ -88,8 +89,9 @@ def expected(root: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.reliability
 def test_any_number_of_processes_and_any_kill_give_the_same_pack(
-    root: Path, expected: dict[str, bytes], tmp_path: Path
+    root: Path, expected: dict[str, bytes], tmp_path: Path, tried: Tried
 ) -> None:
     """Killed at random moments until it ends by itself; what was noted is not done again."""
     target, kills, began = tmp_path / "pack", 0, 0
@@ -112,6 +114,7 @@ def test_any_number_of_processes_and_any_kill_give_the_same_pack(
     assert kills >= 1
     assert content(target) == expected
     assert not (tmp_path / ".part").exists()
+    tried("SIGKILL at a random moment while a pack is written", kills, "goes on; the same pack, byte for byte")
 
 
 def test_progress_says_images_a_second_and_time_left(

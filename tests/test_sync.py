@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import ROOT, Clone, free_port
+from conftest import ROOT, Clone, Tried, free_port
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
@@ -268,8 +268,14 @@ print(*[child(before) for before in (in_create, after(1), after(2), after(3), af
 """
 
 
+@pytest.mark.reliability
 def test_what_a_dead_server_missed_is_sent_once_whenever_sync_is_killed(
-    server: Server, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    server: Server,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tried: Tried,
 ) -> None:
     gone = dead(monkeypatch)
     run = Told(tmp_path / "job")
@@ -290,10 +296,12 @@ def test_what_a_dead_server_missed_is_sent_once_whenever_sync_is_killed(
     check(f"http://127.0.0.1:{server.port}", run)
     sync.sync()
     assert "MLflow has the whole record" in capfd.readouterr().out
+    tried("MLflow dead from the start, `unmask sync` killed", 6, "the whole record, each point once")
 
 
+@pytest.mark.reliability
 def test_a_server_killed_in_the_middle_gets_the_rest_when_it_is_back(
-    server: Server, gate: Gate, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    server: Server, gate: Gate, tmp_path: Path, capfd: pytest.CaptureFixture[str], tried: Tried
 ) -> None:
     run = Told(tmp_path / "job")
     beside(run.begin)
@@ -311,10 +319,12 @@ def test_a_server_killed_in_the_middle_gets_the_rest_when_it_is_back(
     run.record.end(run.record.parent)
     assert "does not answer" in capfd.readouterr().err
     assert check(gate.address, run)[0].info.run_id == known
+    tried("MLflow killed during a training", 1, "the whole record, each point once")
 
 
+@pytest.mark.reliability
 def test_what_fails_with_500_is_tried_again_and_said_once(
-    gate: Gate, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    gate: Gate, tmp_path: Path, capfd: pytest.CaptureFixture[str], tried: Tried
 ) -> None:
     gate.failing = True
     run = Told(tmp_path / "job")
@@ -330,10 +340,12 @@ def test_what_fails_with_500_is_tried_again_and_said_once(
     run.record.end(run.record.parent)
     assert capfd.readouterr().err.count("does not answer") == 1
     check(gate.address, run)
+    tried("MLflow answering 500", 1, "the whole record, each point once")
 
 
+@pytest.mark.reliability
 def test_a_slow_server_gives_its_ids_in_time_and_gets_the_rest_by_the_next_run(
-    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Tried
 ) -> None:
     gate.delay = 5.0
     run = Told(tmp_path / "job")
@@ -354,10 +366,12 @@ def test_a_slow_server_gives_its_ids_in_time_and_gets_the_rest_by_the_next_run(
     after.end(after.parent)
     parent, job = check(gate.address, run)
     assert [parent.info.run_id, job.info.run_id] == ids
+    tried("MLflow answering after 5 s", 1, "training does not wait; the whole record by the next run")
 
 
+@pytest.mark.reliability
 def test_a_database_on_a_full_disk_takes_the_rest_when_there_is_room(
-    server: Server, gate: Gate, tmp_path: Path
+    server: Server, gate: Gate, tmp_path: Path, tried: Tried
 ) -> None:
     server.kill()
     server.start(most_bytes=server.database.stat().st_size)
@@ -377,6 +391,7 @@ def test_a_database_on_a_full_disk_takes_the_rest_when_there_is_room(
     assert wait_until(lambda: run.record.spool.idle, 60)
     run.record.end(run.record.parent)
     check(gate.address, run)
+    tried("MLflow's database on a full disk", 1, "the whole record when there is room")
 
 
 FIRST = """
