@@ -164,7 +164,7 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 
 def _explain(model: type[BaseModel], value: Any, fault: Any, where: str) -> str:
     loc, kind, found = _untagged(value, fault["loc"]), fault["type"], fault["input"]
-    path = ".".join([where, *map(str, loc)])
+    path = ".".join([where, *(_shown(part) for part in loc)])
     context = fault.get("ctx", {})
     if kind == "extra_forbidden":
         known = _known_keys(model, value, loc[:-1])
@@ -194,6 +194,12 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _shown(part: Any) -> str:
+    """A key as a line of a message can show it."""
+    text = str(part)
+    return text if text.isprintable() and text.strip() else repr(text)
 
 
 def _untagged(value: Any, loc: tuple[Any, ...]) -> list[Any]:

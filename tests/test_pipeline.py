@@ -317,7 +317,7 @@ def test_a_killed_training_resumes_to_the_same_weights_and_the_same_run(
     time.sleep(random.uniform(0, 1.5))
     folder = found[0].parents[1]
     worker = int((folder / "worker.pid").read_text())
-    name = json.loads((folder / "mlflow.json").read_text())["run"]
+    own = json.loads((folder / "mlflow.json").read_text())["run"]
     os.kill(worker if victim == "worker" else process.pid, signal.SIGKILL)
     process.communicate(timeout=600)
     if victim == "flow":
@@ -329,7 +329,7 @@ def test_a_killed_training_resumes_to_the_same_weights_and_the_same_run(
     for name in ("encoder.safetensors", "model.safetensors"):
         assert (published / name).read_bytes() == (undisturbed / name).read_bytes()
     client = mlflow_client(served)
-    (run,) = client.search_runs(["1"], f"tags.`unmask.id` = '{name}'")
+    (run,) = client.search_runs(["1"], f"tags.`unmask.id` = '{own}'")
     assert run.info.status == "FINISHED"
     points = [point.step for point in client.get_metric_history(run.info.run_id, "loss")]
     assert len(points) == len(set(points))
