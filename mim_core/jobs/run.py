@@ -113,7 +113,7 @@ class Run:
 
         Frozen parameters are not written: they are there before a resume as they were at the start.
         """
-        window = {name: ranks.mean(one).cpu() for name, one in self.window.items()}
+        window = {name: ranks.mean(one) for name, one in self.window.items()}
         if ranks.number():
             return
         if not now and step < self.steps and time.perf_counter() - self.saved < self.minutes * 60:
@@ -121,7 +121,7 @@ class Run:
         frozen = self._frozen()
         weights = {name: one for name, one in self.model.state_dict().items() if name not in frozen}
         players = {name: player.state_dict() for name, player in self.players.items()}
-        players[WINDOW] = window
+        players[WINDOW] = {name: one.cpu() for name, one in window.items()}
         about = {"seconds": self.elapsed(), "slowed": self.slowed}
         checkpoint.save(self.folder / "checkpoints", step, weights, players, about)
         self.first, self.saved = {}, time.perf_counter()
