@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows import rows
 from flows.stage import Stage, command, tokenizer_of
 from flows.training import Training, run
 
@@ -24,7 +25,7 @@ PRETRAINING = Training(
 
 def checked(row: str) -> Stage:
     """Check all that can be checked before work starts, the tokenizer's file too; raises UserError."""
-    return Stage("pretrain", row, ("pretrain", "pretrain_fitted"), tokenizer_of)
+    return Stage("pretrain", row, rows.PRETRAIN, tokenizer_of)
 
 
 @flow(name="pretrain", flow_run_name="pretrain {row}")

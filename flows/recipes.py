@@ -10,8 +10,7 @@ import yaml
 
 from flows import family, results, rows, workspace
 
-PRETRAIN = ("pretrain", "pretrain_fitted")
-SECTIONS = (*PRETRAIN, *rows.JUDGED)
+SECTIONS = (*rows.PRETRAIN, *rows.JUDGED)
 FILE = "recipes.yaml"
 
 
@@ -71,7 +70,7 @@ def pretraining() -> dict[str, Any]:
     """Give the pretrain recipes as they are written, with no default filled in; none where the file is not there."""
     path = workspace.params_folder() / FILE
     content = yaml.safe_load(path.read_text()) if path.exists() else {}
-    return {name: row for section in PRETRAIN for name, row in content.get(section, {}).items()}
+    return {name: row for section in rows.PRETRAIN for name, row in content.get(section, {}).items()}
 
 
 def _load() -> Any:

@@ -195,12 +195,11 @@ def _outputs(answers: list[dict[str, Any]]) -> Schema | None:
 
 def _width(about: Mapping[str, Any]) -> int:
     """Width of the features of the encoder that a file of weights tells of."""
-    import torch
-
+    from mim_core.devices import unreal
     from mim_core.encoders import ENCODERS
     from mim_core.params import EncoderOf
     from mim_core.spec import build, check
 
     piece = check(EncoderOf, {"encoder": about["encoder"]}, "weights").encoder
-    with torch.device("meta"):  # takes neither memory nor time
+    with unreal():
         return int(build(ENCODERS, piece, tuple(about["size"]), about["channels"]).width)

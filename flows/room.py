@@ -50,8 +50,8 @@ def needed() -> Room:
     given, sizes = rows.load(), rows.sizes()
     packs = sum(CACHED * _pack(name, row["source"]) for name, row in given["data"].items())
     runs, stages = 0, [0]
-    for section, kind in (("targets", "targets"), *(dict.fromkeys(("pretrain_fitted", "pretrain"), "pretrain").items()),
-                          *(dict.fromkeys(rows.JUDGED, "downstream").items())):  # fmt: skip
+    kinds = {"targets": "targets"} | dict.fromkeys(rows.PRETRAIN, "pretrain") | dict.fromkeys(rows.JUDGED, "downstream")
+    for section, kind in kinds.items():
         for name, row in given[section].items():
             if (workspace.run_folder(kind, name) / "manifest.json").exists():
                 continue
@@ -65,10 +65,9 @@ def needed() -> Room:
     for stage, sections in rows.LABORATORY.items():
         for section in sections:
             for name, row in given[section].items():
-                if (workspace.run_folder("ablate" if stage == "ablate" else "search", name) / "manifest.json").exists():
+                if (workspace.run_folder(stage, name) / "manifest.json").exists():
                     continue
-                base = next(sizes[f"{one}.{row['base']}"] for one in ("pretrain_fitted", "pretrain")
-                            if row["base"] in given[one])  # fmt: skip
+                base = next(sizes[f"{one}.{row['base']}"] for one in rows.PRETRAIN if row["base"] in given[one])
                 points = len(rows.points(name)) if stage == "ablate" else row["trials"] + 2
                 seeds = len(row["seeds"])
                 # Each point keeps its encoder in .unmask/points/.

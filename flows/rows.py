@@ -17,6 +17,8 @@ from mim_core.files import write_atomically
 Rows = dict[str, dict[str, Any]]
 
 
+PRETRAIN = ("pretrain", "pretrain_fitted")
+"""Sections of pretrain rows."""
 JUDGED = {"baselines": "baseline", "supervised": "supervised", "downstream": "downstream", "continued": "continued"}
 """Sections of downstream rows, with DVC's stage for each."""
 LABORATORY = {"ablate": ("ablations_fitted", "ablations"), "search": ("search_fitted", "search")}

@@ -66,7 +66,7 @@ def checked(name: str) -> Stage:
     where = f"search.yaml: {stage.section}.{name}"
     for judge, row in rows.judges("search", name).items():
         check_labels(row, rows.needs(judge), stage.pack, f"{where}.judge.{judge}")
-    base = rows.find(stage.rows, ("pretrain", "pretrain_fitted"), stage.params["base"])
+    base = rows.find(stage.rows, rows.PRETRAIN, stage.params["base"])
     for fitted in tokenizers(stage.params, base):
         published("tokenizer", f"targets/{fitted}", "tokenizer.safetensors", f"fit_target@{fitted}").digest()
     pruner, meta = stage.params["pruner"], json.loads((stage.pack / "meta.json").read_text())
@@ -337,7 +337,7 @@ def search(name: str) -> None:
         workers = Workers(count, max(1, cores() // count), f"search-{name}", stage.spans)
         from flows.tracking import Record  # imported while the workers import torch
 
-        base = rows.find(stage.rows, ("pretrain", "pretrain_fitted"), stage.params["base"])
+        base = rows.find(stage.rows, rows.PRETRAIN, stage.params["base"])
         space = Space(stage.params, {**base, "data": stage.params["data"]})
         course = Course(name, stage.params, space, key, state.parent, count)
         record = Record("search", name, state, stage.data, {**stage.params, "storage": course.storage})
@@ -401,7 +401,7 @@ def study_key(stage: Stage, judge: Row) -> str:
     that it begins from and is judged by."""
     ends = ("trials", "budget_device_hours", "seeds", "storage")
     row = {key: value for key, value in stage.params.items() if key not in ends}
-    base = rows.find(stage.rows, ("pretrain", "pretrain_fitted"), stage.params["base"])
+    base = rows.find(stage.rows, rows.PRETRAIN, stage.params["base"])
     return workspace.digest([row, base, judge, stage.data, workspace.code_fingerprint()])
 
 

@@ -156,6 +156,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+def shown_key(key: Any) -> str:
+    """Give a key for a message: as it is where a line can show it."""
+    text = str(key)
+    return text[:SHOWN] if text.isprintable() and text.strip() else shown(text)
+
+
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?` where a known name is close, else nothing."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
@@ -164,7 +170,7 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 
 def _explain(model: type[BaseModel], value: Any, fault: Any, where: str) -> str:
     loc, kind, found = _untagged(value, fault["loc"]), fault["type"], fault["input"]
-    path = ".".join([where, *(_shown(part) for part in loc)])
+    path = ".".join([where, *map(shown_key, loc)])
     context = fault.get("ctx", {})
     if kind == "extra_forbidden":
         known = _known_keys(model, value, loc[:-1])
@@ -194,12 +200,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _shown(part: Any) -> str:
-    """A key as a line of a message can show it."""
-    text = str(part)
-    return text if text.isprintable() and text.strip() else repr(text)
 
 
 def _untagged(value: Any, loc: tuple[Any, ...]) -> list[Any]:

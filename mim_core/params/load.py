@@ -12,7 +12,7 @@ from pydantic import Field
 from mim_core.params.laboratory import laboratory
 from mim_core.params.relations import relations
 from mim_core.params.rows import AblationRow, DataRow, DownstreamRow, PretrainRow, SearchRow, TargetRow
-from mim_core.spec import SHOWN, SpecError, Strict, check, shown
+from mim_core.spec import SpecError, Strict, check, shown, shown_key
 
 
 class Params(Strict):
@@ -103,7 +103,7 @@ def _load(folder: Path, files: Mapping[str, Sections]) -> Params:
                 where = f"{places[section]}.{key}"
                 if not isinstance(key, str) or not key or set(key) - set(ROW_NAME) or len(key) > LONGEST:
                     rule = "a row's name may hold lower-case letters, digits, '_' and '-' only"
-                    faults.append(f"{places[section]}.{_name(key)}: {rule}, {LONGEST} at most; rename it")
+                    faults.append(f"{places[section]}.{shown_key(key)}: {rule}, {LONGEST} at most; rename it")
                     continue
                 try:
                     rows[section][key] = check(MODELS[section], value, where)
@@ -156,10 +156,6 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         problem = f"found more than {MOST_VALUES:,} values, those that aliases repeat counted each time; write less"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     return known[id(node)]
-
-
-def _name(key: Any) -> str:
-    return key[:SHOWN] if isinstance(key, str) and key.isprintable() else shown(key)
 
 
 def _read(path: Path, sections: Sections, faults: list[str]) -> dict[str, dict[str, Any]]:

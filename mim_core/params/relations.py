@@ -132,11 +132,8 @@ def fits(row: PretrainRow, size: tuple[int, int], params: Params) -> list[str]:
     faults = _fault_of(row.encoder, size, "encoder")
     if faults:
         return faults
-    neutral = (0.5,) * CHANNELS
     try:
-        with unreal():
-            tokenizer = build(TOKENIZERS, params.targets[row.fitted].tokenizer, CHANNELS) if row.fitted else None
-            model, target = assemble(row, size, CHANNELS, neutral, neutral, tokenizer)
+        model, target = _assembled(row, size, params)
     except ValueError as error:
         return [str(error)]
     try:
@@ -144,6 +141,14 @@ def fits(row: PretrainRow, size: tuple[int, int], params: Params) -> list[str]:
     except ValueError as error:
         return [f"mask.{error}"]
     return list(_unfit(row, model, target, masks))
+
+
+def _assembled(row: PretrainRow, size: tuple[int, int], params: Params) -> tuple[Any, Any]:
+    """Build a row's model and target where they take no memory; raises ValueError."""
+    neutral = (0.5,) * CHANNELS
+    with unreal():
+        tokenizer = build(TOKENIZERS, params.targets[row.fitted].tokenizer, CHANNELS) if row.fitted else None
+        return assemble(row, size, CHANNELS, neutral, neutral, tokenizer)
 
 
 def _unfit(row: PretrainRow, model: Any, target: Any, masks: list[np.ndarray]) -> Iterator[str]:
@@ -300,13 +305,11 @@ def sizes(params: Params) -> dict[str, dict[str, int]]:
     for name, target in params.targets.items():
         with unreal():
             found[f"targets.{name}"] = _bytes(build(TOKENIZERS, target.tokenizer, CHANNELS), target.optim)
-    neutral = (0.5,) * CHANNELS
     for section in ("pretrain_fitted", "pretrain"):
         for name, row in getattr(params, section).items():
             size = size_of(params, row.data)
+            model, target = _assembled(row, size, params)
             with unreal():
-                tokenizer = build(TOKENIZERS, params.targets[row.fitted].tokenizer, CHANNELS) if row.fitted else None
-                model, target = assemble(row, size, CHANNELS, neutral, neutral, tokenizer)
                 # At most: of a hole the critic is as large as the hole, which the masks tell.
                 critic = Critic(size, target.entries.depth, row.adversarial.base) if row.adversarial else None
             found[f"{section}.{name}"] = _bytes(model, row.optim, critic)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mim_core.devices import unreal
 from mim_core.encoders import ENCODERS
 from mim_core.grid import Entries
 from mim_core.published.imported import Hints, Imported, Names, Params, Pieces, State, halves
@@ -68,7 +69,7 @@ def inpainting(names: Names, hints: Hints) -> Imported:
             weights["head"][f"{place}.bias"] = bias
     pieces = check(Pieces, found, "imported")
     assert pieces.encoder
-    with torch.device("meta"):
+    with unreal():
         cell_px = build(ENCODERS, pieces.encoder, (height, width), channels).output.patch_px
     notes = ("Its images are scaled to [-1, 1], and holes are filled with a colour of its own: give it filled images.",)
     return Imported(

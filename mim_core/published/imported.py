@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import torch
 from torch import Tensor, nn
 
+from mim_core.devices import unreal
 from mim_core.encoders import ENCODERS
 from mim_core.fills import FILLS
 from mim_core.grid import Entries
@@ -145,7 +145,7 @@ def tokenizer(imported: Imported) -> Any:
 
 def verified(imported: Imported) -> Imported:
     """Build the modules where they take no memory; raises ValueError where weights do not fit."""
-    with torch.device("meta"):
+    with unreal():
         _built(imported)
     return imported
 

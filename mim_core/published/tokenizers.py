@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from mim_core.devices import unreal
 from mim_core.published.imported import Hints, Imported, Names, Params, Pieces, State
 from mim_core.spec import build, check
 from mim_core.tokenizers import TOKENIZERS
@@ -58,7 +59,7 @@ def large(names: Names, hints: Hints) -> Imported:
     notes: tuple[str, ...] = ()
     if len(halves) == 1:
         (absent,) = {"encoder", "decoder"} - {where}
-        with torch.device("meta"):
+        with unreal():
             whole = build(TOKENIZERS, pieces.tokenizer, channels).state_dict()
         missing = {name: tensor for name, tensor in whole.items() if name.startswith(f"{absent}.")}
         weights |= {name: torch.zeros(tensor.shape) for name, tensor in missing.items()}
