@@ -130,10 +130,10 @@ class Record:
     def end(self, run: str, status: str = "FINISHED") -> None:
         """End a run; with the parent the record ends."""
         self.open.discard(run)
+        if run == self.parent and self.machine:
+            self.machine.finish()
         self.do("end", run, status=status)
         if run == self.parent:
-            if self.machine:
-                self.machine.finish()
             self.spool.close(KILLED_SECONDS if status == "KILLED" else END_SECONDS)
 
     def fail(self, error: BaseException) -> None:
@@ -180,18 +180,21 @@ class Machine(SystemMetricsMonitor):  # type: ignore[misc]
 
     def monitor(self) -> None:
         """Sample until the end; a step is a second, as a stage that goes on cannot know how many steps there were."""
-        while True:
+        while not self._shutdown_event.is_set():
             for _ in range(self.samples_before_logging):
                 self.collect_metrics()
                 if self._shutdown_event.wait(self.sampling_interval):
-                    return
+                    break  # a stage of a few seconds has metrics, too
             values = {f"{self._metrics_prefix}{key}": value for key, value in self.aggregate_metrics().items()}
             for monitor in self.monitors:
                 monitor.clear_metrics()
             self.record.metrics(self.record.parent, values, int(time.time()))
 
     def finish(self) -> None:
+        """Send what has been sampled, and end."""
         self._shutdown_event.set()
+        if self._process:
+            self._process.join()
 
 
 class Curve:

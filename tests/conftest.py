@@ -96,6 +96,25 @@ def kills(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums over threads differ in their last bits with the number of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small pack, made anew for each file of tests."""
+    from core_pieces import tiny_pack
+
+    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
+
+
+@pytest.fixture
 def update_golden(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--update-golden"))
 

@@ -28,24 +28,13 @@ from mim_core.tasks.confusion import most_confused
 from mim_core.tasks.task import Facts
 from mim_core.transforms import normalise, seeded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = Compute(torch.device("cpu"), bf16=False)
 FACTS = Facts((16, 16), 3, (0.4,) * 3, (0.2,) * 3, ["a", "b", "c", "d"], [], ["labels"])
 SWIN = {"name": "swin", "patch_px": 2, "width": 8, "depths": [1, 1], "heads": [1, 2], "window": 4}
 MIXED = {"name": "classify", "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "head_init_scale": 0.001}
 HARD = {**AUGMENT, "randaugment": {}, "erase": 0.25, "jitter": 0.2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 def encoder_of(piece: dict[str, Any] = ENCODER) -> Any:

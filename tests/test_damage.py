@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Tried
-from core_pieces import OPTIM, pretrain_row, python, tiny_pack
+from core_pieces import OPTIM, pretrain_row, python
 
 from mim_core import checkpoint
 from mim_core.data.pack import Pack
@@ -23,22 +23,10 @@ from mim_core.jobs import pretrain
 from mim_core.params import PretrainRow
 from mim_core.train import StoppedError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FILES = (*checkpoint.FILES, checkpoint.SUMS)
 STEPS = 20
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums over threads differ in their last bits with the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 def row() -> PretrainRow:

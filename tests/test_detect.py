@@ -34,6 +34,8 @@ from mim_core.tasks.task import Facts
 from mim_core.train import Scalars
 from mim_core.transforms import Augment
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNTS = {"train": 48, "validation": 12, "test": 16}
 SIZE = (32, 48)
 COLOURS = np.array([[230, 40, 40], [40, 60, 230]], np.uint8)
@@ -97,14 +99,6 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     folder = tmp_path_factory.mktemp("packs") / "shapes"
     write(source(), folder, {"source": {"name": "shapes"}})
     return open_pack(folder)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def row(**changes: Any) -> DownstreamRow:

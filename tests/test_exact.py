@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from core_pieces import ENCODER, PRETRAIN, pretrain_row, tiny_pack
+from core_pieces import ENCODER, PRETRAIN, pretrain_row
 from torch import Tensor, nn
 
 from mim_core import devices
@@ -36,11 +36,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "mae": {"fill": "drop", "head": {"name": "transformer_decoder", "width": 32, "depth": 2, "heads": 4}, "loss": "l2"},
     "swin": {"encoder": SWIN},
 }
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("exact") / "pack")
 
 
 def made(pack: Pack, **changes: Any) -> tuple[Pretext, Masked]:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from core_pieces import tiny_pack
 from pydantic import TypeAdapter, ValidationError
 from test_tokenizers import published_small
 
@@ -43,11 +42,6 @@ from mim_core.transforms import Augment
 STEPS = 60
 SCHEDULES = {"temperature": Anneal(start=1, end=0.25), "kl_weight": Anneal(start=0, end=2, over=0.5)}
 BESIDE = {"dvae_small": "kl", "vq_small": "distance"}
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 def fit_of(pack: Pack, model: DiscreteVAE | None = None, **changes: Any) -> RelaxedFit:

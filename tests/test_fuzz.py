@@ -15,7 +15,7 @@ import shutil
 import signal
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,14 @@ def tried(body: Callable[[Any], object], strategy: st.SearchStrategy[Any], count
     )
     test = chosen(given(strategy)(inner))
     (seed(0)(test) if few else test)()
+
+
+def inputs(kind: str, names: Iterable[str], few: Iterable[str] | None = None) -> pytest.MarkDecorator:
+    """Give a test `name` and `count`: few in the ordinary run, of `few` names if not of all; many else."""
+    names = list(names)
+    ordinary = [pytest.param(name, FEW[kind], id=name) for name in (names if few is None else few)]
+    thousands = [pytest.param(name, MANY[kind], id=f"{name}, thousands", marks=pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize(("name", "count"), [*ordinary, *thousands])
 
 
 def helps(error: Any, begins: str = "") -> None:
@@ -211,7 +219,8 @@ def check_rows(root: Path) -> bool:
         return False
 
 
-def fuzz_row(tmp_path: Path, name: str, count: int) -> None:
+@inputs("row", ROWS, ["ablations.ratio", "downstream.detect", "pretrain.context", "pretrain.mae"])
+def test_rows(tmp_path: Path, name: str, count: int) -> None:
     root = write_rows(tmp_path)
     file, section, key, row = ROWS[name]
 
@@ -230,41 +239,20 @@ ODD = [
 ]  # fmt: skip
 
 
-def fuzz_text(tmp_path: Path, file: str, count: int) -> None:
+@inputs("text", FILES)
+def test_texts_of_rows(tmp_path: Path, name: str, count: int) -> None:
     root = write_rows(tmp_path)
-    text = (root / file).read_text()
+    text = (root / name).read_text()
 
     def body(rng: random.Random) -> None:
         new = spoiled(text, rng)
         for _ in range(rng.randint(0, 3)):
             at = rng.randrange(len(new) + 1)
             new = new[:at] + rng.choice(ODD).encode() + new[at:]
-        (root / file).write_bytes(new)
+        (root / name).write_bytes(new)
         check_rows(root)
 
     tried(body, st.randoms(use_true_random=False), count)
-
-
-@pytest.mark.parametrize("name", ["ablations.ratio", "downstream.detect", "pretrain.context", "pretrain.mae"])
-def test_rows(tmp_path: Path, name: str) -> None:
-    fuzz_row(tmp_path, name, FEW["row"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_in_thousands(tmp_path: Path, name: str) -> None:
-    fuzz_row(tmp_path, name, MANY["row"])
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_texts_of_rows(tmp_path: Path, file: str) -> None:
-    fuzz_text(tmp_path, file, FEW["text"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", FILES)
-def test_texts_of_rows_in_thousands(tmp_path: Path, file: str) -> None:
-    fuzz_text(tmp_path, file, MANY["text"])
 
 
 # Annotations
@@ -326,7 +314,8 @@ IMPORTERS: dict[str, tuple[Callable[[Path], Path], Callable[..., Any], Spoil, di
 }  # fmt: skip
 
 
-def fuzz_annotation(tmp_path: Path, name: str, count: int) -> None:
+@inputs("annotation", IMPORTERS)
+def test_annotations(tmp_path: Path, name: str, count: int) -> None:
     make, source, spoil, options = IMPORTERS[name]
     root = make(tmp_path / "data")
 
@@ -335,17 +324,6 @@ def fuzz_annotation(tmp_path: Path, name: str, count: int) -> None:
         read(source, root, **options)
 
     tried(body, st.randoms(use_true_random=False), count)
-
-
-@pytest.mark.parametrize("name", IMPORTERS)
-def test_annotations(tmp_path: Path, name: str) -> None:
-    fuzz_annotation(tmp_path, name, FEW["annotation"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", IMPORTERS)
-def test_annotations_in_thousands(tmp_path: Path, name: str) -> None:
-    fuzz_annotation(tmp_path, name, MANY["annotation"])
 
 
 # Images
@@ -392,7 +370,8 @@ def altered(content: bytes, rng: random.Random) -> bytes:
     return bytes(new)
 
 
-def fuzz_image(tmp_path: Path, name: str, count: int) -> None:
+@inputs("image", IMAGES)
+def test_images(tmp_path: Path, name: str, count: int) -> None:
     path = tmp_path / f"image.{name.split()[0]}"
 
     def body(rng: random.Random) -> None:
@@ -412,17 +391,6 @@ def fuzz_image(tmp_path: Path, name: str, count: int) -> None:
                 assert found.ndim == 3
 
     tried(body, st.randoms(use_true_random=False), count)
-
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_images(tmp_path: Path, name: str) -> None:
-    fuzz_image(tmp_path, name, FEW["image"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", IMAGES)
-def test_images_in_thousands(tmp_path: Path, name: str) -> None:
-    fuzz_image(tmp_path, name, MANY["image"])
 
 
 # Archives
@@ -454,8 +422,9 @@ def pack_archive(path: Path, rng: random.Random) -> None:
             archive.addfile(member, io.BytesIO(content))
 
 
-def fuzz_archive(tmp_path: Path, ending: str, count: int) -> None:
-    path, out = tmp_path / f"a{ending}", tmp_path / "far" / "out"
+@inputs("archive", ARCHIVES)
+def test_archives(tmp_path: Path, name: str, count: int) -> None:
+    path, out = tmp_path / f"a{name}", tmp_path / "far" / "out"
 
     def body(rng: random.Random) -> None:
         path.unlink(missing_ok=True)
@@ -479,17 +448,6 @@ def fuzz_archive(tmp_path: Path, ending: str, count: int) -> None:
         assert not Path("/tmp/unmask-x").exists()
 
     tried(body, st.randoms(use_true_random=False), count)
-
-
-@pytest.mark.parametrize("ending", ARCHIVES)
-def test_archives(tmp_path: Path, ending: str) -> None:
-    fuzz_archive(tmp_path, ending, FEW["archive"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ending", ARCHIVES)
-def test_archives_in_thousands(tmp_path: Path, ending: str) -> None:
-    fuzz_archive(tmp_path, ending, MANY["archive"])
 
 
 # Weights
@@ -518,7 +476,8 @@ WEIGHTS: dict[str, tuple[str, Callable[[Mapping[str, Any], Path], None]]] = {
 }  # fmt: skip
 
 
-def fuzz_weights(tmp_path: Path, name: str, count: int) -> None:
+@inputs("weights", WEIGHTS)
+def test_weights(tmp_path: Path, name: str, count: int) -> None:
     ending, write = WEIGHTS[name]
     path = tmp_path / f"a{ending}"
     write(STATE, path)
@@ -533,14 +492,3 @@ def fuzz_weights(tmp_path: Path, name: str, count: int) -> None:
                 helps(error)
 
     tried(body, st.randoms(use_true_random=False), count)
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_weights(tmp_path: Path, name: str) -> None:
-    fuzz_weights(tmp_path, name, FEW["weights"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_in_thousands(tmp_path: Path, name: str) -> None:
-    fuzz_weights(tmp_path, name, MANY["weights"])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from core_pieces import CLASSIFY, classify_row, pretrain_row, tiny_pack
+from core_pieces import CLASSIFY, classify_row, pretrain_row
 from PIL import Image
 from shapes import DETECTOR, FCN, NAMES, SIZE, shaped_pack
 
@@ -33,6 +32,8 @@ from mim_core.tasks import TASKS
 from mim_core.tasks.detect.batch import truth
 from mim_core.transforms import normalise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FITS: tuple[Fit, ...] = ("cover", "contain", "stretch")
 FRAMES = ((40, 64), (64, 40), (33, 47), (16, 24), (100, 101))
 ORIENTATION = 0x0112
@@ -52,22 +53,9 @@ SOLVED: dict[str, dict[str, Any]] = {
 """Rows of every task; the second word changes the precision or names a variant."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def shaped(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     return shaped_pack(tmp_path_factory.mktemp("data") / "shapes")
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("data") / "tiny")
 
 
 def files(pack: Pack) -> list[bytes]:

@@ -47,6 +47,8 @@ from mim_core.pretext import MaskedFetch
 from mim_core.spec import bind, check
 from mim_core.train import NonFiniteLossError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LONG = {**OPTIM, "epochs": 25}
 STEPS = 100
 CONV = {"name": "conv", "base": 4, "layers": 2, "bottleneck": 8}
@@ -84,20 +86,6 @@ TOLD = {
 }
 KINDS = {"adversarial": "pretrain", "quantised": "fit_target"}
 """A row's kind of job where it is another than its name."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums over threads differ in their last bits with the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from core_pieces import ENCODER, classify_row, tiny_pack
+from core_pieces import ENCODER, classify_row
 from sklearn.neighbors import KNeighborsClassifier
 
 from mim_core import checkpoint
@@ -25,21 +24,10 @@ from mim_core.tasks import knn
 from mim_core.tasks.knn import Knn, vote
 from mim_core.tasks.task import Facts
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = Compute(torch.device("cpu"), bf16=False)
 NOTHING: dict[str, Any] = {"augment": None, "drop_path": 0.0, "optim": None, "lr_grid": []}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 def drawn(images: int, others: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

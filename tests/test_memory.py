@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Tried
-from core_pieces import OPTIM, pretrain_row, tiny_pack
+from core_pieces import OPTIM, pretrain_row
 
 from mim_core import checkpoint, devices
 from mim_core.data.pack import Pack
@@ -20,11 +20,6 @@ from mim_core.pretext import MaskedModel
 
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
 PLAIN = {"lr": 1.0e-3, "epochs": 2}
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from core_pieces import OPTIM, PRETRAIN, be_rank, pretrain_row, python, send, tiny_pack
+from core_pieces import OPTIM, PRETRAIN, be_rank, pretrain_row, python, send
 
 from flows.workers import JobDiedError, Workers
 from flows.workers import StoppedError as Stopped
@@ -24,6 +23,8 @@ from mim_core.files import read_curve
 from mim_core.jobs import perform
 from mim_core.spec import SpecError
 from mim_core.train import StoppedError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLOSE = 1.0e-5
 """How far a loss may lie from one process's, relative to it, over 20 steps in fp32: sums go in another order."""
@@ -40,19 +41,6 @@ ROWS: dict[str, dict[str, Any]] = {
     },
 }
 LONG = {"optim": {**OPTIM, "epochs": 500}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 def job(row: dict[str, Any], pack: Pack, folder: Path, devices: int, **changes: Any) -> dict[str, Any]:

@@ -30,11 +30,6 @@ PEEKING = {"vit_mpp": "BERT's mix leaves a tenth of the hidden embeddings as the
 COLOURS = ((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 
 
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
-
-
 def assembled(row: PretrainRow) -> tuple[MaskedModel, Any]:
     tokenizer = build(TOKENIZERS, ROWS.targets[row.fitted].tokenizer, 3) if row.fitted else None
     return assemble(row, (32, 32), 3, *COLOURS, tokenizer)

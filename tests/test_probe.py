@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from core_pieces import ENCODER, TUNE, classify_row, tiny_pack
+from core_pieces import ENCODER, TUNE, classify_row
 from torch import nn
 
 from mim_core import checkpoint
@@ -27,6 +26,8 @@ from mim_core.tasks.probe import Featured, Probe
 from mim_core.tasks.task import Facts
 from mim_core.transforms import normalise
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = Compute(torch.device("cpu"), bf16=False)
 FACTS = Facts((16, 16), 3, (0.4,) * 3, (0.2,) * 3, ["0", "1", "2", "3"], [], ["labels"])
 VIT = {**ENCODER, "depth": 3}
@@ -35,19 +36,6 @@ CONV = {"name": "conv", "base": 4, "layers": 2, "bottleneck": 8}
 LARS = {"batch": 16, "epochs": 4, "warmup_epochs": 1, "optimiser": "lars", "weight_decay": 0.0}
 SWEEP = {"name": "probe", "blocks": [1, -1], "pooling": ["mean", "class"], "rates": [0.3, 3]}
 WHOLE = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 def encoder_of(piece: dict[str, Any]) -> Any:

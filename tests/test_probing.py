@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from core_pieces import OPTIM, PRETRAIN, pretrain_row, source, tiny_pack
+from core_pieces import OPTIM, PRETRAIN, pretrain_row, source
 from sklearn.linear_model import RidgeCV
 
 from mim_core.data.pack import Pack, Sample, Source, open_pack, write
@@ -19,6 +18,8 @@ from mim_core.files import read_curve
 from mim_core.jobs import perform, pretrain
 from mim_core.probing import PENALTIES, Linear, Probing, fit
 from mim_core.spec import SpecError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = Compute(torch.device("cpu"), bf16=False)
 PROBE = {"labels": 24, "evaluations": 4}
@@ -32,19 +33,6 @@ NORMED = {
     "loss": "l2",
     "adversarial": {"weight": 0.01, "base": 4},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 def probed(folder: Path) -> dict[int, float]:

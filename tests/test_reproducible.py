@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from core_pieces import OPTIM, classify_row, pretrain_row, target_row, tiny_pack
+from core_pieces import OPTIM, classify_row, pretrain_row, target_row
 
 from mim_core.data.order import loader
 from mim_core.data.pack import Pack
 from mim_core.jobs import downstream, fit_target, pretrain
 from mim_core.jobs import run as jobs_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHORT = {**OPTIM, "epochs": 2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums over threads differ in their last bits with the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 def numbers(file: Path) -> bytes:

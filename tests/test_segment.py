@@ -40,6 +40,8 @@ from mim_core.tasks.task import Facts
 from mim_core.train import Scalars
 from mim_core.transforms import Augment
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNTS = {"train": 48, "validation": 12, "test": 16}
 SIZE = (16, 24)
 NAMES = ["background", "flat", "tall", "odd"]
@@ -86,14 +88,6 @@ def make(folder: Path, of: Source) -> Pack:
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     return make(tmp_path_factory.mktemp("packs") / "shapes", source())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def row(**changes: Any) -> DownstreamRow:

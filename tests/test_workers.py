@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_pieces import OPTIM, PRETRAIN, tiny_pack
+from core_pieces import OPTIM, PRETRAIN
 
 from flows import workspace
 from flows.workers import JobDiedError, StoppedError, Workers
 from mim_core import checkpoint
 from mim_core.data.pack import Pack
 from mim_core.files import read_curve
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return tiny_pack(tmp_path_factory.mktemp("packs") / "tiny")
 
 
 @pytest.fixture(scope="module")
