@@ -10,7 +10,6 @@ the pack of the ablation's dataset (`dvc repro prepare@scenes`) and an idle mach
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import tempfile
 import time
@@ -18,6 +17,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
+from machine import described
 
 from flows import rows, workspace
 from flows.workers import Workers, cores, slots
@@ -57,8 +59,7 @@ def main() -> None:
         "epochs": given.epochs,
         "seconds": taken,
         "ratio": {way: {"median": statistics.median(one), "rounds": one} for way, one in ratios.items()},
-        "machine": {"cores": cores(), "slots": slots(), "processor": platform.processor() or platform.machine()},
-        "versions": workspace.versions(),
+        "machine": described(torch.device("cpu")) | {"slots": slots()},
     }
     workspace.write_json(Path(__file__).with_suffix(".json"), said)
     for way, one in ratios.items():

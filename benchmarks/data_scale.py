@@ -16,7 +16,6 @@ import importlib
 import io
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from machine import described
 from PIL import Image
 
 from flows import workspace
@@ -59,9 +60,7 @@ def main() -> None:
             done = subprocess.run([*command, "--processes", str(given.processes)], stdout=subprocess.PIPE, check=True)
             said[part] = json.loads(done.stdout.splitlines()[-1])
             print(f"{part}: {said[part]}", flush=True)
-    load = [round(one, 1) for one in os.getloadavg()]
-    said["machine"] = {"cores": cores(), "load": load, "processor": platform.processor() or platform.machine()}
-    said["versions"] = workspace.versions()
+    said["machine"] = described(torch.device("cpu"))
     workspace.write_json(given.out, said)
 
 

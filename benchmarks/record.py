@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -28,6 +27,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import torch
+from machine import described
 
 from flows import rows, workspace
 from flows.workers import Workers, cores, wait_until
@@ -69,8 +71,7 @@ def main() -> None:
         "epochs": given.epochs,
         "seconds": taken,
         "ratio": {way: {"median": statistics.median(one), "rounds": one} for way, one in ratios.items()},
-        "machine": {"cores": cores(), "processor": platform.processor() or platform.machine()},
-        "versions": workspace.versions(),
+        "machine": described(torch.device("cpu")),
     }
     workspace.write_json(Path(__file__).with_suffix(".json"), said)
     for way, one in ratios.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import sys
 import threading
@@ -176,11 +177,11 @@ class Spool:
                 except Exception as error:
                     self.fault = first_line(error)
                     self.tell("MLflow does not answer, its record is kept on disk meanwhile", self.fault)
-                if self.late or (self.ended and (self.fault or tape.at == self.path.stat().st_size)):
+                if self.late or (self.ended and (self.fault or tape.at == os.fstat(self.file.fileno()).st_size)):
                     break
                 self.wake.wait(AGAIN_SECONDS if self.fault else None)
                 self.wake.clear()
-            if tape.at == self.path.stat().st_size:
+            if tape.at == os.fstat(self.file.fileno()).st_size:
                 remove(self.path)
 
     def _work(self, tape: Tape) -> Iterator[Operation]:
@@ -265,6 +266,6 @@ def rest(path: Path, sender: Sender) -> Generator[Operation, None, bool]:
 
 def remove(path: Path) -> None:
     """Take away a file that is sent; the operations first, so that no kill leaves them without how far they are."""
-    path.unlink()
+    path.unlink(missing_ok=True)
     path.with_suffix(".at").unlink(missing_ok=True)
     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
