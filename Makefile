@@ -21,7 +21,7 @@ test-slow: $(VENV)/installed
 
 # What is promised of faults, tried more often than the tests do: about an hour; writes the table of docs/reliability.md.
 reliability: $(VENV)/installed
-	@OMP_NUM_THREADS=1 python -m pytest -m reliability --kills 20 --reliability docs/reliability.md
+	@OMP_NUM_THREADS=1 python -m pytest tests -m reliability --kills 20 --reliability docs/reliability.md
 
 check: $(VENV)/installed
 	@ruff check .

@@ -87,11 +87,12 @@ def check_labels(row: Point, needs: Sequence[str], pack: Path, where: str) -> No
 
 
 @task(cache_policy=NO_CACHE)
-def publish(stage: Stage, record: Any, grid: Sequence[Point], finals: Sequence[Point]) -> tuple[Path, Point]:
-    """Put results where DVC expects them; the manifest comes last."""
+def publish(
+    stage: Stage, record: Any, grid: Sequence[Point], finals: Sequence[Point], best: Point
+) -> tuple[Path, Point]:
+    """Put results where DVC expects them, with the model of the `best` of finals; the manifest comes last."""
     from mim_core.statistics import interval
 
-    best = max(finals, key=lambda point: float(point["validation_score"]))
     job = stage.state / f"lr_{best['lr']:g}_seed_{best['seed']}"
     folder = stage.publish("downstream", job, (WEIGHTS, PICTURE))
     points = {(point["seed"], point["lr"]): point for point in (*grid, *finals)}
@@ -145,13 +146,13 @@ def publish(stage: Stage, record: Any, grid: Sequence[Point], finals: Sequence[P
 
 @task(cache_policy=NO_CACHE)
 def show(
-    stage: Stage, record: Any, folder: Path, metrics: Point, grid: Sequence[Point], finals: Sequence[Point]
+    stage: Stage, record: Any, folder: Path, metrics: Point, grid: Sequence[Point], finals: Sequence[Point], best: Point
 ) -> None:
     """Show the run where people look: MLflow's parent run and model registry, Prefect's artifacts."""
     record.metrics(record.parent, metrics)
     for name in ("results.json", "manifest.json", "curve.csv", PICTURE):
         record.file(record.parent, folder / name)
-    record.compete(folder / WEIGHTS, stage.pack, stage.params, finals)
+    record.compete(folder / WEIGHTS, stage.pack, stage.params, best)
     record.end(record.parent)
     keys = ("lr", "seed", "validation_score", "test_score", "seconds")
     table = [{key: round(point[key], 5) for key in keys if key in point} for point in (*grid[1:], *finals)]
@@ -191,8 +192,9 @@ def _downstream(stage: Stage) -> None:
             chosen = max(grid, key=lambda point: float(point["validation_score"]))["lr"]
             # The first seed's run at the chosen rate is done: it is only scored.
             finals = run([(chosen, seed) for seed in seeds], test=True)
-        folder, metrics = publish(stage, record, grid, finals)
-        show(stage, record, folder, metrics, grid, finals)
+        best = max(finals, key=lambda point: float(point["validation_score"]))
+        folder, metrics = publish(stage, record, grid, finals, best)
+        show(stage, record, folder, metrics, grid, finals, best)
     except BaseException as error:
         record.fail(error)
         raise

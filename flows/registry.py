@@ -9,6 +9,7 @@ model and not of its row's seeds: they choose what to serve, and are no estimate
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -39,36 +40,34 @@ FILES = {"encoder": "served_encoder.py", "model": "served_task.py"}
 
 
 def register_encoder(client: MlflowClient, run: str, row: str, weights: Path, about: Mapping[str, Any]) -> None:
-    """Register a pretraining's encoder: uint8 images in, features out."""
+    """Register a pretraining's encoder: uint8 images in, features out.
+
+    `about` is its file's header, with the `width` of its features.
+    """
     (height, width), channels = about["size"], about["channels"]
     example = np.zeros((1, height, width, channels), np.uint8)
-    signature = infer_signature(example, np.zeros((1, _width(about)), np.float32))
+    signature = infer_signature(example, np.zeros((1, about["width"]), np.float32))
     logged = _log(run, "encoder", weights, signature, example)
     _version(client, _name(client, row, "encoder"), run, logged, {"row": row})
 
 
 def register_model(
-    client: MlflowClient, run: str, weights: Path, pack: Path, tags: Mapping[str, str], lock: Path
+    client: MlflowClient, run: str, weights: Path, example: Mapping[str, Any], tags: Mapping[str, str], lock: Path
 ) -> str:
     """Register a downstream row's model, let it compete, and give what came out.
 
-    `tags` tell of it: `row`, `task`, `data`, `metric`, `test_score` and more; the pack's digests are added where they
-    are not among them. `lock` is a file that holds other processes of this machine back while the champion is decided.
+    `example` is what it answered of an image, see `mim_core.inference.example`. `tags` tell of it: `row`, `task`,
+    `data`, `metric`, `test_score`, the pack's digests and more. `lock` is a file that holds other processes of this
+    machine back while the champion is decided.
     """
     import pandas as pd  # type: ignore[import-untyped]
 
-    from mim_core import inference
-    from mim_core.data.pack import open_pack
-
-    try:
-        model = inference.load_model(weights)
-    except ValueError as error:
-        return f"not registered: {error}"
-    example = inference.as_file(np.array(open_pack(pack).split("test").images[0]))
-    answers = [inference.plain(answer) for answer in model.answer([model.reader(example)])]
-    signature = ModelSignature(Schema([ColSpec("binary", "image")]), _outputs(answers))
-    logged = _log(run, "model", weights, signature, pd.DataFrame({"image": [example]}))
-    tags, comparison = {**pack_digests(pack), **tags}, f"{tags['data']}.{tags['task']}"
+    if "refused" in example:
+        return f"not registered: {example['refused']}"
+    image = base64.b64decode(example["image"])
+    signature = ModelSignature(Schema([ColSpec("binary", "image")]), _outputs([example["answer"]]))
+    logged = _log(run, "model", weights, signature, pd.DataFrame({"image": [image]}))
+    comparison = f"{tags['data']}.{tags['task']}"
     _version(client, _name(client, tags["row"], "model"), run, logged, tags)
     said = f"Models of the task {tags['task']} on {tags['data']}; @{CHAMPION} is the best on the same test images."
     _made(client, comparison, "comparison", said)
@@ -191,15 +190,3 @@ def _outputs(answers: list[dict[str, Any]]) -> Schema | None:
         return infer_signature(answers, answers).outputs
     except MlflowException:
         return None
-
-
-def _width(about: Mapping[str, Any]) -> int:
-    """Width of the features of the encoder that a file of weights tells of."""
-    from mim_core.devices import unreal
-    from mim_core.encoders import ENCODERS
-    from mim_core.params import EncoderOf
-    from mim_core.spec import build, check
-
-    piece = check(EncoderOf, {"encoder": about["encoder"]}, "weights").encoder
-    with unreal():
-        return int(build(ENCODERS, piece, tuple(about["size"]), about["channels"]).width)

@@ -146,7 +146,7 @@ class Sender:
         if "registered" in self.client.get_run(run).data.tags:
             return
         lock = workspace.home() / "mlflow" / "champion.lock"
-        verdict = registry.register_model(self.client, run, Path(said["path"]), Path(said["pack"]), said["tags"], lock)
+        verdict = registry.register_model(self.client, run, Path(said["path"]), said["example"], said["tags"], lock)
         self.client.set_tag(run, "registered", verdict)
 
 

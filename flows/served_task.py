@@ -10,7 +10,8 @@ Several images are several records. MLflow takes JSON, CSV and Parquet, and answ
 in Parquet (`application/vnd.apache.parquet`) the column `image` holds bytes, without base64.
 
 MLflow runs this file to make the model, so that nothing is pickled: weights come from a safetensors file whose header
-says how to build the model and read its images.
+says how to build the model and read its images. A stage that logs the model runs it too: hence torch is imported where
+weights are loaded.
 """
 
 from __future__ import annotations
@@ -28,9 +29,6 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
 
-from mim_core import inference
-from mim_core.data.images import RefusedError
-
 
 class Answers(PythonModel):  # type: ignore[misc]
     """Answer of the image files in the column `image`: their bytes, or those in base64 as JSON has them.
@@ -40,6 +38,9 @@ class Answers(PythonModel):  # type: ignore[misc]
     """
 
     def load_context(self, context: PythonModelContext) -> None:
+        from mim_core import inference
+
+        self.plain = inference.plain
         self.model = inference.load_model(Path(context.artifacts["weights"]))
         # Requests are answered in threads, and Python changes the handling of warnings for all of them at once.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -48,6 +49,8 @@ class Answers(PythonModel):  # type: ignore[misc]
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
+        from mim_core.data.images import RefusedError
+
         reads, faults = [], []
         for index, image in enumerate(model_input["image"]):
             try:
@@ -56,12 +59,14 @@ class Answers(PythonModel):  # type: ignore[misc]
                 faults.append(f"image {index}: {error}")
         if faults:
             raise MlflowException("; ".join(faults), INVALID_PARAMETER_VALUE)
-        return [inference.plain(answer) for answer in self.model.answer(reads)]
+        return [self.plain(answer) for answer in self.model.answer(reads)]
 
 
 def _content(image: Any) -> bytes:
     if isinstance(image, (bytes, bytearray)):
         return bytes(image)
+    from mim_core.data.images import RefusedError
+
     try:
         return base64.b64decode(str(image), validate=True)
     except binascii.Error as error:

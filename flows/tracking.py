@@ -113,19 +113,16 @@ class Record:
         """Register an encoder: a model that embeds uint8 images, with its own preprocessing and no pickled code."""
         self.do("register", self.parent, name=name, path=str(weights), about=dict(about))
 
-    def compete(
-        self, weights: Path, pack: Path, params: Mapping[str, Any], finals: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Register the model that a downstream row published, the best of `finals` on validation images, and let it
-        compete to be its comparison's champion. The run's tag `registered` says what came out.
+    def compete(self, weights: Path, pack: Path, params: Mapping[str, Any], best: Mapping[str, Any]) -> None:
+        """Register the model that a downstream row published, whose run gave `best`, and let it compete to be its
+        comparison's champion. The run's tag `registered` says what came out.
         """
-        best = max(finals, key=lambda point: float(point["validation_score"]))
         told = {key: best[key] for key in ("metric", "test_score", "validation_score", "lr", "seed")}
         told |= {"task": params["task"]["name"], "init": params["init"], "labels": params["labels"] or "all"}
         told |= {"data": self.data["name"], "data_md5": self.data["md5"], "row": self.row}
         told |= {"code": workspace.code_fingerprint(), "git_commit": _commit() or "none"}
         tags = {key: str(value) for key, value in told.items()} | registry.pack_digests(pack)
-        self.do("compete", self.parent, path=str(weights), pack=str(pack), tags=tags)
+        self.do("compete", self.parent, path=str(weights), example=best["example"], tags=tags)
 
     def end(self, run: str, status: str = "FINISHED") -> None:
         """End a run; with the parent the record ends."""

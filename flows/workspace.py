@@ -8,6 +8,7 @@ that its servers and records are the same.
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -81,17 +82,27 @@ def digest(value: Any) -> str:
 
 @cache
 def code_fingerprint() -> str:
-    """Hash the sources of `mim_core` without comments and docstrings: what can change a number, and no more."""
+    """Hash the sources of `mim_core` without comments and docstrings: what can change a number, and no more.
+
+    Parsing them takes a second: the outcome is kept, under a key of their bytes.
+    """
+    sources = {path: path.read_text() for path in sorted((Path(__file__).parents[1] / "mim_core").rglob("*.py"))}
+    key, kept = digest([[path.name, text] for path, text in sources.items()]), home() / "code.json"
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
+        return str(json.loads(kept.read_text())[key])
     hashed = hashlib.sha256()
-    for path in sorted((Path(__file__).parents[1] / "mim_core").rglob("*.py")):
-        tree = ast.parse(path.read_text())
+    for path, text in sources.items():
+        tree = ast.parse(text)
         for node in ast.walk(tree):
             if isinstance(
                 node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
             ) and ast.get_docstring(node, clean=False):
                 node.body = node.body[1:] or [ast.Pass()]
         hashed.update(path.name.encode() + ast.dump(tree).encode())
-    return hashed.hexdigest()[:32]
+    found = hashed.hexdigest()[:32]
+    with contextlib.suppress(OSError):  # it is worth no error that it cannot be kept
+        write_json(kept, {key: found})
+    return found
 
 
 def git(*arguments: str) -> str | None:

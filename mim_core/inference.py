@@ -199,6 +199,20 @@ def load_model(file: Path, device: str = "auto") -> Model:
     return Model(piece.name, task, Reader.of(said), facts)
 
 
+def example(file: Path, planes: UInt8[np.ndarray, "c H W"]) -> dict[str, Any]:
+    """Let the model of a file of weights answer of one image, to show what it takes and gives.
+
+    Gives plain values: `image`, a file in base64, and its `answer`; or `refused`, why the weights alone cannot answer.
+    """
+    image = as_file(planes)
+    try:
+        model = load_model(file)
+    except ValueError as error:
+        return {"refused": str(error)}
+    (answer,) = model.answer([model.reader(image)])
+    return {"image": base64.b64encode(image).decode(), "answer": plain(answer)}
+
+
 def load_encoder(file: Path, device: str = "auto") -> Embedder:
     """Rebuild the encoder of a run's file of weights, of pretraining or of a task. Raises ValueError, SpecError."""
     weights, said = read_weights(file)

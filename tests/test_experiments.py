@@ -50,9 +50,8 @@ def test_queued_experiments_run_in_copies_that_share_servers_and_points(measured
         measured.dvc("exp", "run", "--queue", "--name", name, "-S", change, STAGE)
     measured.dvc("exp", "run", "--run-all")
     assert result(measured, "results.json") == two_seeds, "the workspace is as it was"
-    shown = measured.dvc("exp", "show", "--csv")
-    assert ",three," in shown
-    assert ",one," in shown
+    shown = [line.split(",")[0] for line in measured.dvc("exp", "show", "--csv").splitlines()]
+    assert {"three", "one"} <= set(shown)
     # A new seed is measured: two jobs a point, and one for the encoder from scratch. All else was there.
     after = points(measured)
     assert {name: after[name] for name in before} == before
@@ -78,7 +77,7 @@ def test_two_versions_of_the_data_stand_side_by_side(measured: Clone, tmp_path: 
         page = Path(said.split("file://")[-1].strip()).read_text()
         vega = json.loads(measured.dvc("plots", "diff", "HEAD~1", "HEAD", "--targets", TABLE, "--json", "--split"))
         ((one,),) = vega["data"].values()
-        shown = json.loads(one["anchor_definitions"]["<DVC_METRIC_DATA>"])
+        shown = one["anchor_definitions"]["<DVC_METRIC_DATA>"]
         assert {point["rev"] for point in shown} == {"HEAD~1", "HEAD"}
         assert {point["setting"] for point in shown} >= {"0.3", "0.6", "0.9"}
         means = {rev: [point["mean"] for point in shown if point["rev"] == rev] for rev in ("HEAD~1", "HEAD")}

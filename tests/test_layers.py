@@ -36,7 +36,8 @@ LEVELS = (
     ("adversarial", "fit_target", "probing", "tasks"),
     ("pretext",),
     ("params", "published"),
-    ("inference", "jobs"),
+    ("inference",),
+    ("jobs",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 ORCHESTRATORS = ("prefect", "mlflow", "dvc", "optuna", "flows")

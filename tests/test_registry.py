@@ -169,11 +169,11 @@ def test_a_model_is_registered_without_a_warning_and_answers_of_files(
     judged = downstream(classify_row(), pack, tmp_path / "run", 0, 1e-3, None, test=True)
     run = client.create_run(client.create_experiment("here", (tmp_path / "artifacts").as_uri())).info.run_id
     tags = {"row": "row", "task": "classify", "data": "tiny", "metric": "accuracy"}
-    tags["test_score"] = str(judged["test_score"])
+    tags |= {"test_score": str(judged["test_score"]), **pack_digests(pack.folder)}
     weights = tmp_path / "run" / "model.safetensors"
     capfd.readouterr()
-    said = registry.register_model(client, run, weights, pack.folder, tags, tmp_path / "lock")
-    registry.register_encoder(client, run, "encoder", weights, judged_about(weights))
+    said = registry.register_model(client, run, weights, judged["example"], tags, tmp_path / "lock")
+    registry.register_encoder(client, run, "encoder", weights, {**judged_about(weights), "width": 32})
     said_beside = "".join(capfd.readouterr()).splitlines()
     # Commands run with MLflow's log at WARNING.
     assert not [line for line in said_beside if " INFO " not in line]

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mim_core import checkpoint, devices, published
+from mim_core import checkpoint, devices, inference, published
 from mim_core.data.order import Order
 from mim_core.data.pack import Pack, label_budget
 from mim_core.encoders import ENCODERS
@@ -50,7 +50,8 @@ def downstream(
     """Train a row with one seed and learning rate; test images are read only where `test` asks for the last score.
 
     `init` is the file of weights to begin from. A finished job that is run again with `test` is not trained again: its
-    weights are there. Gives the final scalars; `validation_score` and `test_score` are the task's own metric.
+    weights are there. Gives the final scalars; `validation_score` and `test_score` are the task's own metric. With
+    `test` also an `example` of what the model answers, see `inference.example`.
     """
     compute = devices.choose(precision=row.precision)
     torch.manual_seed(seed)
@@ -114,6 +115,7 @@ def downstream(
         checkpoint.write_weights(folder / WEIGHTS, model.state_dict(), head)
         found |= judge("test")
         task.draw(pack.split("test"), folder / PICTURE)
+        found["example"] = inference.example(folder / WEIGHTS, np.array(pack.split("test").images[0]))
     return found
 
 

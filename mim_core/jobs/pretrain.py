@@ -104,7 +104,7 @@ def pretrain(
         "hidden_share": float(np.mean([one.mean() for one in drawn])),
         **({"avg_distance_px": float(np.mean(distances))} if distances else {}),
         "encoder_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
-        "about": head,
+        "about": {**head, "width": encoder.width},
     }
 
 
