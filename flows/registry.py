@@ -9,7 +9,6 @@ model and not of its row's seeds: they choose what to serve, and are no estimate
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -44,10 +43,9 @@ def register_encoder(client: MlflowClient, run: str, row: str, weights: Path, ab
 
     `about` is its file's header, with the `width` of its features.
     """
-    (height, width), channels = about["size"], about["channels"]
-    example = np.zeros((1, height, width, channels), np.uint8)
-    signature = infer_signature(example, np.zeros((1, about["width"]), np.float32))
-    logged = _log(run, "encoder", weights, signature, example)
+    images = np.zeros((1, *about["size"], about["channels"]), np.uint8)
+    signature = infer_signature(images, np.zeros((1, about["width"]), np.float32))
+    logged = _log(run, "encoder", weights, signature)
     _version(client, _name(client, row, "encoder"), run, logged, {"row": row})
 
 
@@ -56,17 +54,14 @@ def register_model(
 ) -> str:
     """Register a downstream row's model, let it compete, and give what came out.
 
-    `example` is what it answered of an image, see `mim_core.inference.example`. `tags` tell of it: `row`, `task`,
+    `example` has what it answered of an image, see `mim_core.inference.example`. `tags` tell of it: `row`, `task`,
     `data`, `metric`, `test_score`, the pack's digests and more. `lock` is a file that holds other processes of this
     machine back while the champion is decided.
     """
-    import pandas as pd  # type: ignore[import-untyped]
-
     if "refused" in example:
         return f"not registered: {example['refused']}"
-    image = base64.b64decode(example["image"])
     signature = ModelSignature(Schema([ColSpec("binary", "image")]), _outputs([example["answer"]]))
-    logged = _log(run, "model", weights, signature, pd.DataFrame({"image": [image]}))
+    logged = _log(run, "model", weights, signature)
     comparison = f"{tags['data']}.{tags['task']}"
     _version(client, _name(client, tags["row"], "model"), run, logged, tags)
     said = f"Models of the task {tags['task']} on {tags['data']}; @{CHAMPION} is the best on the same test images."
@@ -135,24 +130,25 @@ def pack_digests(pack: Path) -> dict[str, str]:
     return {"pack_digest": hashlib.sha256(meta).hexdigest()[:32], "test_digest": hashed.hexdigest()[:32]}
 
 
-def _log(run: str, kind: Kind, weights: Path, signature: ModelSignature, example: Any) -> Any:
-    """Log a model made by a file of code and one of weights, in seconds: packages are named, not searched for."""
+def _log(run: str, kind: Kind, weights: Path, signature: ModelSignature) -> Any:
+    """Log a model made by a file of code and one of weights, in a second: packages are named, not searched for, and no
+    example is given, of which MLflow would let the model answer here: it is loaded nowhere but where it serves."""
     versions = workspace.versions()
     requirements = [f"{package}=={versions[package]}" for package in ("torch", "torchvision", "timm", "numpy")]
     requirements += ["safetensors", "pydantic", "jaxtyping", "scipy", "pillow", "pycocotools"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of its own type hints, while it is imported
+        warnings.simplefilter("ignore", UserWarning)  # of its own type hints, while it is imported, and of no example
         import mlflow.pyfunc
-    with mlflow.start_run(run_id=run):
-        logged = mlflow.pyfunc.log_model(
-            name=kind,
-            python_model=str(Path(__file__).with_name(FILES[kind])),
-            artifacts={"weights": str(weights)},
-            code_paths=[str(Path(__file__).parents[1] / "mim_core")],
-            signature=signature,
-            input_example=example,
-            pip_requirements=requirements,
-        )
+
+        with mlflow.start_run(run_id=run):
+            logged = mlflow.pyfunc.log_model(
+                name=kind,
+                python_model=str(Path(__file__).with_name(FILES[kind])),
+                artifacts={"weights": str(weights)},
+                code_paths=[str(Path(__file__).parents[1] / "mim_core")],
+                signature=signature,
+                pip_requirements=requirements,
+            )
     # Leaving the block ended the run; its stage ends it.
     MlflowClient().update_run(run, status="RUNNING")
     return logged

@@ -200,17 +200,17 @@ def load_model(file: Path, device: str = "auto") -> Model:
 
 
 def example(file: Path, planes: UInt8[np.ndarray, "c H W"]) -> dict[str, Any]:
-    """Let the model of a file of weights answer of one image, to show what it takes and gives.
+    """Let the model of a file of weights answer of one image, to show what it gives.
 
-    Gives plain values: `image`, a file in base64, and its `answer`; or `refused`, why the weights alone cannot answer.
+    Gives plain values: its `answer`, or `refused`, why the weights alone cannot answer of such images.
     """
-    image = as_file(planes)
     try:
         model = load_model(file)
-    except ValueError as error:
+        read = model.reader(as_file(planes))
+    except (ValueError, images.RefusedError) as error:
         return {"refused": str(error)}
-    (answer,) = model.answer([model.reader(image)])
-    return {"image": base64.b64encode(image).decode(), "answer": plain(answer)}
+    (answer,) = model.answer([read])
+    return {"answer": plain(answer)}
 
 
 def load_encoder(file: Path, device: str = "auto") -> Embedder:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from core_pieces import classify_row, tiny_pack
+from core_pieces import classify_row, python, tiny_pack
 from mlflow.tracking import MlflowClient
 
 from flows import registry
@@ -195,3 +195,23 @@ def judged_about(weights: Path) -> dict[str, object]:
     from mim_core.checkpoint import read_weights
 
     return read_weights(weights)[1]
+
+
+def test_a_stage_that_logs_a_model_does_not_import_torch(
+    store: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "encoder.safetensors").write_bytes(b"weights")
+    run = client.create_run(client.create_experiment("bare", (tmp_path / "artifacts").as_uri())).info.run_id
+    about = {"size": [32, 32], "channels": 3, "width": 8}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    code = f"""
+import sys
+from pathlib import Path
+from mlflow.tracking import MlflowClient
+from flows import registry
+registry.register_encoder(MlflowClient(), {run!r}, "bare", Path({str(tmp_path / "encoder.safetensors")!r}), {about})
+print("torch" in sys.modules)
+"""
+    said, errors = python("-c", code).communicate()
+    assert said.split()[-1:] == ["False"], errors
+    assert client.get_model_version("bare", "1").run_id == run
