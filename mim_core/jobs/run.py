@@ -236,6 +236,7 @@ class Run:
         evaluations: int,
     ) -> None:
         every = max(1, self.steps // REPORTS)
+        self.judging = False  # an evaluation may have been what it went back from
         averages = [player.average for player in self.players.values() if player.average]
 
         def judge(step: int) -> Scalars:
