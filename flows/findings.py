@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows import ablations, rows, searches
+from flows import ablations, rows, searches, workspace
 from flows.results import SCRATCH, Arm, Published, budget, measure, stale, verdict
 
 NAMED = 3
@@ -108,6 +108,13 @@ def caveats(published: Published) -> Iterator[str]:
         if len(found) > 1:
             told = ", ".join(sorted(found))
             yield f"{name}: runs and pack are of {len(found)} versions of it and do not compare: {told}."
+    packs = {name: {workspace.digest(meta)} for name, meta in published.packs.items()}
+    for _, manifest in manifests:
+        if "pack" in manifest["data"]:
+            packs.setdefault(manifest["data"]["name"], set()).add(manifest["data"]["pack"])
+    for name, found in packs.items():
+        if len(found) > 1 and len(versions.get(name, ())) < 2:
+            yield f"{name}: runs are of {len(found)} packs of it, by different rows of data.yaml, and do not compare."
     devices = {str(manifest.get("compute", {}).get("device")) for _, manifest in manifests}
     if len(devices) > 1:
         yield f"Times are from different devices and cannot be compared: {', '.join(sorted(devices))}."

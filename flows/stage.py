@@ -102,8 +102,14 @@ class Stage:
             )
         self.data = {"name": dataset, "md5": digests[dataset]}
         self.pack = workspace.pack_folder(dataset)
-        if name != "prepare" and not (self.pack / "meta.json").exists():
-            raise workspace.UserError(f"packs/{dataset}: there is no pack; run `dvc repro prepare@{dataset}`")
+        if name != "prepare":
+            try:
+                meta = json.loads((self.pack / "meta.json").read_text())
+            except FileNotFoundError:
+                mend = f"run `dvc repro prepare@{dataset}`"
+                raise workspace.UserError(f"packs/{dataset}: there is no pack; {mend}") from None
+            # The same images make another pack under another row of params/data.yaml.
+            self.data["pack"] = workspace.digest(meta)
         self.start = start_of(self.rows, self.section, self.params)
         begun_from = self.start.digest() if self.start else ""
         # What names the work: the same key means that a checkpoint of it can be gone on from, on any number of devices.

@@ -152,6 +152,8 @@ class Record:
         workspace.write_json(marker, {"run": run})
         tags = {"mlflow.runName": name, "stage": self.stage, "row": self.row, "data": self.data["name"]}
         tags |= {"data_md5": self.data["md5"], "code": workspace.code_fingerprint(), **(further or {})}
+        if "pack" in self.data:
+            tags["pack"] = self.data["pack"]
         if commit := _commit():
             tags["mlflow.source.git.commit"] = commit
         self.do(

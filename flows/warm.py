@@ -48,8 +48,8 @@ def known(
 
 def _others(said: Mapping[str, Any], manifest: Mapping[str, Any], judge: Mapping[str, Row], data: Any) -> Iterator[str]:
     ((name, row),) = judge.items()
-    if said["data"]["md5"] != data["md5"]:
-        yield "it is of other data"
+    if said["data"] != data:
+        yield "it is of other data, or of another pack of the same"
     if results.stale(manifest):
         yield "it is of other code"
     if manifest["params"]["judges"].get(name) != row:

@@ -388,7 +388,7 @@ def test_missing_weights_name_the_command_that_makes_them(clone: Clone, served: 
     assert not (clone.folder / "runs").exists()
 
 
-def test_a_checkpoint_is_gone_on_from_only_with_the_weights_it_began_from(
+def test_work_is_gone_on_from_only_with_the_weights_it_began_from_and_the_images_it_saw(
     clone: Clone, served: Clone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     borrow(clone, served)
@@ -406,6 +406,13 @@ def test_a_checkpoint_is_gone_on_from_only_with_the_weights_it_began_from(
             tuned = Stage("downstream", "simmim_vit_2000", ("downstream",), encoder_of)
             assert (tokens.parents, tuned.parents) == (["targets/codes"], ["pretrain/simmim_vit"])
             keys.append((tokens.key, tuned.key))
+        data = tuned.data
+        # The same files of images under another row of params/data.yaml.
+        meta = clone.folder / "packs" / "scenes" / "meta.json"
+        meta.write_text(meta.read_text().replace('"seed": 0', '"seed": 1'))
+        tuned = Stage("downstream", "simmim_vit_2000", ("downstream",), encoder_of)
+        assert tuned.key not in keys[2]
+        assert tuned.data != data, "points of ablations and searches go by it"
     finally:
         workspace.root.cache_clear()
     assert keys[0] == keys[2]

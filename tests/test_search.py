@@ -409,7 +409,7 @@ def test_ablations_are_told_first_and_what_does_not_fit_is_said(
     said = "\n".join(told["left"])
     for part in (
         "0.65: its row is outside",
-        "other_data: it is of other data",
+        "other_data: it is of other data, or of another pack of the same",
         "other_judge: its judges are not judge_1000",
     ):
         assert part in said
