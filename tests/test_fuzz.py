@@ -74,7 +74,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
 SECONDS = 60
 """An input that takes more of the processor's time hangs."""
 FEW: dict[str, int] = {"row": 2, "text": 3, "annotation": 8, "image": 20, "archive": 10, "weights": 10}
-MANY: dict[str, int] = {"row": 400, "text": 100, "annotation": 350, "image": 400, "archive": 300, "weights": 300}
+MANY: dict[str, int] = {"row": 150, "text": 100, "annotation": 350, "image": 400, "archive": 300, "weights": 300}
 """Inputs of each test of a kind, in the ordinary and in the slow run."""
 
 
