@@ -51,7 +51,7 @@ def unpack(archive: Path, folder: Path) -> list[dict[str, str]]:
             except RefusedError as error:
                 printable = name.encode(errors="backslashreplace").decode()
                 refused.append({"file": f"{archive.name}: {printable}", "reason": str(error)})
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
         raise UserError(f"{archive}: the archive is damaged or of another kind ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{archive}: {error.strerror or error}; the archive could not be unpacked") from None
@@ -69,7 +69,7 @@ def _zipped(archive: Path) -> Iterator[Member]:
             reason = "it is encrypted; unpack it yourself and add the folder" if entry.flag_bits & 1 else ""
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 reason = _odd("a link" if kind == stat.S_IFLNK else "a pipe, socket or device")
-            if not entry.is_dir():
+            if not entry.filename.endswith("/"):  # `is_dir` fails where there is no name
                 yield entry.filename, entry.file_size, reason, lambda entry=entry: opened.open(entry)  # type: ignore[misc]
 
 

@@ -146,6 +146,22 @@ def test_damaged_archives(tmp_path: Path, name: str) -> None:
         archives.unpack(tmp_path / "text.zip", tmp_path)
 
 
+def test_a_zip_whose_list_is_damaged(tmp_path: Path) -> None:
+    whole = into_zip(tmp_path / "whole.zip", {"a.png": CONTENT}).read_bytes()
+    listed = whole.index(b"PK\x01\x02")
+    newer, nameless = bytearray(whole), bytearray(whole)
+    newer[listed + 6] = 255  # the version of the format that is needed
+    (tmp_path / "newer.zip").write_bytes(newer)
+    with pytest.raises(UserError, match=r"damaged or of another kind \(zip file version 25.5\)"):
+        archives.unpack(tmp_path / "newer.zip", tmp_path)
+    # A name of no letter, which leaves its letters to the comment behind it.
+    nameless[listed + 28], nameless[listed + 32] = 0, nameless[listed + 28]
+    (tmp_path / "nameless.zip").write_bytes(nameless)
+    files, refused = unpacked(tmp_path / "nameless.zip")
+    assert not files
+    assert list(refused) == [""]
+
+
 def test_archives_of_more_than_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bomb of zeros says how large it becomes."""
     archive = into_zip(tmp_path / "bomb.zip", {"zeros": bytes(3 << 20)})
