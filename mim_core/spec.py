@@ -179,7 +179,7 @@ def _explain(model: type[BaseModel], value: Any, fault: Any, where: str) -> str:
         return f"{path}: missing; this key is required"
     if kind == "union_tag_invalid":
         names = [name.strip(" '") for name in context["expected_tags"].split(",")]
-        return f"{path}.name: '{context['tag']}' is not one of {names}{nearest(context['tag'], names)}"
+        return f"{path}.name: {shown(context['tag'])} is not one of {names}{nearest(context['tag'], names)}"
     if kind in {"union_tag_not_found", "model_attributes_type"}:
         return f"{path}: found {shown(found)}; it must be a name, or a mapping with the key 'name'"
     if kind == "model_type":

@@ -9,7 +9,7 @@ from mim_core.changes import changed
 from mim_core.params.points import candidates, points
 from mim_core.params.relations import fits, judges, needs, size_of, sizes, trained
 from mim_core.params.rows import AblationRow, DownstreamRow, PretrainRow, SearchRow
-from mim_core.spec import SpecError, check, nearest
+from mim_core.spec import SpecError, check, nearest, shown, shown_key
 
 if TYPE_CHECKING:
     from mim_core.params.load import Params
@@ -36,15 +36,15 @@ def laboratory(params: Params, places: Mapping[str, str]) -> list[str]:
 def _faults(section: str, row: AblationRow | SearchRow, params: Params, where: str) -> Iterator[str]:
     base = params.pretrained().get(row.base)
     if row.data not in params.data:
-        yield f"{where}.data: '{row.data}' is not one of {sorted(params.data)}{nearest(row.data, params.data)}"
+        yield f"{where}.data: {shown(row.data)} is not one of {sorted(params.data)}{nearest(row.data, params.data)}"
         return
     if base is None:
         known = params.pretrained()
-        yield f"{where}.base: '{row.base}' is not one of {sorted(known)}{nearest(row.base, known)}"
+        yield f"{where}.base: {shown(row.base)} is not one of {sorted(known)}{nearest(row.base, known)}"
         return
     try:
         if isinstance(row, AblationRow):
-            rows = [(f"{where}: {point.label}", point.row) for point in points(row, base, where)]
+            rows = [(f"{where}: {shown_key(point.label)}", point.row) for point in points(row, base, where)]
         else:
             rows = list(candidates(row, base, where))
     except SpecError as error:
@@ -58,7 +58,7 @@ def _faults(section: str, row: AblationRow | SearchRow, params: Params, where: s
         for name in row.warm_start:
             if name not in params.ablated():
                 ablated = sorted(params.ablated())
-                yield f"{where}.warm_start: '{name}' is not one of {ablated}{nearest(name, ablated)}"
+                yield f"{where}.warm_start: {shown(name)} is not one of {ablated}{nearest(name, ablated)}"
     size = size_of(params, row.data)
     seen: list[PretrainRow] = []
     for place, one in rows:
@@ -67,7 +67,7 @@ def _faults(section: str, row: AblationRow | SearchRow, params: Params, where: s
         seen.append(one)
         if one.fitted and one.fitted not in params.targets:
             targets = sorted(params.targets)
-            yield f"{place}: target.fitted: '{one.fitted}' is not one of {targets}{nearest(one.fitted, targets)}"
+            yield f"{place}: target.fitted: {shown(one.fitted)} is not one of {targets}{nearest(one.fitted, targets)}"
             continue
         yield from (f"{place}: {fault}" for fault in fits(one, size, params))
     key, given = ("judges", row.judges) if isinstance(row, AblationRow) else ("judge", row.judge)
@@ -115,7 +115,7 @@ def _judged(
 ) -> Iterator[str]:
     if name not in params.downstream:
         known = sorted(params.downstream)
-        yield f"{where}: '{name}' is not one of the rows of 'downstream', {known}{nearest(name, known)}"
+        yield f"{where}: {shown(name)} is not one of the rows of 'downstream', {known}{nearest(name, known)}"
         return
     try:
         one = judge(params, name, changes, where, data)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mim_core.changes import Changes, changed, label, value_at, words
 from mim_core.params.rows import AblationRow, PretrainRow, Scale, SearchRow
-from mim_core.spec import SpecError, check
+from mim_core.spec import SpecError, check, shown_key
 
 MOST = 1000
 """Points of a grid."""
@@ -59,7 +59,7 @@ def points(ablation: AblationRow, base: PretrainRow, where: str) -> list[Point]:
     except ValueError as error:
         raise SpecError(f"{where}: {error}") from None
     for name, changes in given.items():
-        row = _row(base, {**ablation.change, **changes}, f"{where}: {name}", faults)
+        row = _row(base, {**ablation.change, **changes}, f"{where}: {shown_key(name)}", faults)
         if row and start:
             found.append(Point(name, changes, row, row == start))
     if faults:
@@ -103,7 +103,7 @@ def candidates(search: SearchRow, base: PretrainRow, where: str) -> Iterator[tup
     rows = [(f"{where}.change", _row(base, search.change, f"{where}.change", faults))]
     for path, entries in choices(search).items():
         for name, changes in entries.items():
-            place = f"{where}.space.{path}: {name}"
+            place = f"{where}.space.{shown_key(path)}: {shown_key(name)}"
             rows.append((place, _row(base, {**search.change, **changes}, place, faults)))
     if faults:
         raise SpecError("\n".join(faults))

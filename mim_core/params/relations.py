@@ -19,7 +19,7 @@ from mim_core.losses import CLASS_LOSSES
 from mim_core.masks import MASKS, generator
 from mim_core.params.rows import DownstreamRow, FineTune, PretrainRow, TargetRow
 from mim_core.pretext import assemble
-from mim_core.spec import Piece, bind, build, nearest
+from mim_core.spec import Piece, bind, build, nearest, shown
 from mim_core.tasks import TASKS
 from mim_core.tasks.task import Facts, sight, tuned
 from mim_core.tokenizers import TOKENIZERS
@@ -79,7 +79,7 @@ def relations(params: Params, places: Mapping[str, str]) -> list[str]:
 def _size(params: Params, data: str, where: str, faults: list[str]) -> tuple[int, int] | None:
     if data not in params.data:
         faults.append(
-            f"{where}.data: '{data}' is not one of {sorted(params.data)}{nearest(data, params.data)} "
+            f"{where}.data: {shown(data)} is not one of {sorted(params.data)}{nearest(data, params.data)} "
             "(new images come in with `unmask data add FOLDER --name NAME`)"
         )
         return None
@@ -123,7 +123,7 @@ def _misplaced(section: str, name: str, row: PretrainRow, params: Params) -> lis
         return [f".target: '{row.target.name}' is not fitted; move the row to 'pretrain'"]
     if row.fitted is not None and row.fitted not in params.targets:
         known = params.targets
-        return [f".target.fitted: '{row.fitted}' is not one of {sorted(known)}{nearest(row.fitted, known)}"]
+        return [f".target.fitted: {shown(row.fitted)} is not one of {sorted(known)}{nearest(row.fitted, known)}"]
     return []
 
 
@@ -184,18 +184,18 @@ def _starts(section: str, name: str, row: DownstreamRow, params: Params) -> list
     if section == "supervised":
         if not row.init.endswith(WEIGHT_FILES):
             endings = ", ".join(WEIGHT_FILES)
-            return [f"init: found '{row.init}'; {own}, which ends in {endings}; {_elsewhere(row, params)}"]
+            return [f"init: found {shown(row.init)}; {own}, which ends in {endings}; {_elsewhere(row, params)}"]
     elif section == "baselines":
         if begins not in ("scratch", "timm"):
-            return [f"init: found '{row.init}'; {own}; {_elsewhere(row, params)}"]
+            return [f"init: found {shown(row.init)}; {own}; {_elsewhere(row, params)}"]
     else:
         known = params.pretrained() if section == "downstream" else params.judged()
         if row.init not in known:
             where = _elsewhere(row, params)
             hint = where if where != NOWHERE else f"choose one of {sorted(known)}{nearest(row.init, known)}"
-            return [f"init: found '{row.init}'; {own}; {hint}"]
+            return [f"init: found {shown(row.init)}; {own}; {hint}"]
         if section == "continued" and name in _line(row, params):
-            return [f"init: '{row.init}' begins from this row itself; rows may not go round in a circle"]
+            return [f"init: {shown(row.init)} begins from this row itself; rows may not go round in a circle"]
     if row.init == "scratch" and row.encoder is None:
         return ["encoder: missing; a row from scratch names the encoder to start afresh"]
     if row.init != "scratch" and row.encoder is not None:
@@ -263,7 +263,7 @@ def judges(row: DownstreamRow, params: Params, size: tuple[int, int]) -> list[st
     if row.window and "window" not in piece.params():
         return [f"window: found {row.window}; the encoder '{piece.name}' has no windows; delete this key"]
     piece = tuned(piece, row.drop_path, row.window)
-    where = "encoder" if row.encoder else f"init: '{row.init}' at {list(sees)} px: encoder"
+    where = "encoder" if row.encoder else f"init: {shown(row.init)} at {list(sees)} px: encoder"
     faults = _fault_of(piece, sees, where)
     if faults:
         return faults
