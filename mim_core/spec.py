@@ -185,7 +185,7 @@ def _explain(model: type[BaseModel], value: Any, fault: Any, where: str) -> str:
     if kind == "model_type":
         return f"{path}: found {shown(found)}; it must map keys to values"
     if kind == "value_error":
-        return f"{path}: {context['error']}"
+        return f"{path}: {'; '.join(str(context['error']).splitlines())}"
     rule = fault["msg"].replace("Input should", "must").replace("input should", "must")
     hint = ""
     if isinstance(found, str) and _is_number(found):
