@@ -106,6 +106,7 @@ def test_a_row_that_runs_is_refused_a_second_time_and_the_first_goes_on(lab: Clo
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()
+    steps = reports(curves)
     # What the dead one left holds nobody up.
     second = pretrain(lab, "long")
     try:
@@ -117,12 +118,16 @@ def test_a_row_that_runs_is_refused_a_second_time_and_the_first_goes_on(lab: Clo
     tried("a row started twice", 1, "the second is refused and told who runs it")
 
 
+def reports(jobs: Path) -> int:
+    return sum(len(read_curve(path)) for path in jobs.glob("pretrain-long-*/*/curve.jsonl"))
+
+
 def seen(process: subprocess.Popen[str], jobs: Path, more_than: int = 0) -> int:
     """Wait until the long row's job is further than so many reports; gives its reports."""
     end = time.monotonic() + 300
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()[0]
-        count = sum(len(read_curve(path)) for path in jobs.glob("pretrain-long-*/*/curve.jsonl"))
+        count = reports(jobs)
         if count > more_than:
             return count
         time.sleep(0.2)
