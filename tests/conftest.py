@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,12 @@ def uses_served(nodeid: str) -> bool:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     shutil.rmtree(SANDBOX, ignore_errors=True)
-    file, lines = session.config.getoption("--reliability"), sorted(session.config.stash[TRIED])
-    if file and lines and not session.testsfailed:
+    file, tried = session.config.getoption("--reliability"), Counter[tuple[str, str]]()
+    for what, times, outcome in session.config.stash[TRIED]:
+        tried[what, outcome] += times
+    if file and tried and not session.testsfailed:
         text = file.read_text()
+        lines = sorted((what, times, outcome) for (what, outcome), times in tried.items())
         table = "".join(f"| {what} | {times:,} | {outcome} |\n" for what, times, outcome in lines)
         head = text[: text.index("| what was tried")]
         file.write_text(f"{head}| what was tried | times | what came of it |\n|---|---|---|\n{table}")
