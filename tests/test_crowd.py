@@ -105,7 +105,7 @@ def test_a_row_that_runs_is_refused_a_second_time_and_the_first_goes_on(lab: Clo
         assert seen(first, curves, steps) > steps
     finally:
         first.send_signal(signal.SIGKILL)
-        first.wait()
+        first.communicate()
     steps = reports(curves)
     # What the dead one left holds nobody up.
     second = pretrain(lab, "long")
