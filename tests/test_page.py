@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from published import Published
+from published import MD5, Published
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -188,6 +188,13 @@ def test_what_a_reader_has_to_know_is_said(published: Published, tmp_path: Path)
         assert words in text
     assert said["absent"] == ["pretrain later"]
     assert "made by other code" in Page(Path(said["index"]).read_text()).text
+
+
+def test_runs_on_two_packs_of_the_same_images_do_not_compare(published: Published, tmp_path: Path) -> None:
+    published.rows(["simmim"], {"scratch": SEEDS}, {"simmim_ft": {**SEEDS, "init": "simmim"}})
+    published.pretrained("simmim", data={"name": "scenes", "md5": MD5, "pack": "0" * 32})
+    said = report_page.build(tmp_path / "report")
+    assert "scenes: runs are of 2 packs of it, by different rows of data.yaml, and do not compare." in said["caveats"]
 
 
 def test_much_that_is_not_published_is_counted_and_not_listed(published: Published, tmp_path: Path) -> None:
