@@ -46,13 +46,18 @@ from mim_core.masks import MASKS
 from mim_core.params import PretrainRow
 from mim_core.pretext import Masked, MaskedFetch, Pretext
 from mim_core.spec import bind, check
-from mim_core.train import train
+from mim_core.train import taker, train
 from mim_core.transforms import normalise
 
 BATCHES = 4
 """Batches that each contender goes round."""
 STEPS = 100_000
 """Steps of the run that ours is at the beginning of; more than a benchmark does, so that it does not end."""
+
+
+CPU = ["simmim_vit_tiny_64", "simmim_vit_s_224", "mae_vit_s_224", "beit_s_224", "simmim_swin_t_192"]
+"""The cases of a CPU; those of a GPU are the tiny one and the papers' base and large models."""
+GPU = ["simmim_vit_tiny_64", "simmim_vit_b_224", "mae_vit_l_224", "beit_b_224", "simmim_swin_b_192"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,12 @@ class Case:
 
 
 CASES = {
+    "simmim_vit_b_224": Case("simmim_vit", "SimMIM ViT-B 224", 224, 16, 768, (12,), (12,), 4),
+    "mae_vit_l_224": Case("mae", "MAE ViT-L 224", 224, 16, 1024, (24,), (16,), 8, ratio=0.75, unit_px=16),
+    "beit_b_224": Case("beit", "BEiT-B 224, 8192 tokens", 224, 16, 768, (12,), (12,), 4, 0.4, 16, codes=8192),
+    "simmim_swin_b_192": Case(
+        "simmim_swin", "SimMIM Swin-B 192", 192, 4, 128, (2, 2, 18, 2), (4, 8, 16, 32), 4, window=6
+    ),
     "simmim_vit_tiny_64": Case("simmim_vit", "SimMIM ViT-tiny 64 px", 64, 8, 192, (12,), (3,), 64, unit_px=8),
     "simmim_vit_s_224": Case("simmim_vit", "SimMIM ViT-S 224", 224, 16, 384, (12,), (6,), 8),
     "mae_vit_s_224": Case("mae", "MAE ViT-S 224", 224, 16, 384, (12,), (6,), 16, ratio=0.75, unit_px=16),
@@ -128,8 +139,11 @@ def ours(case: Case, batch: int, compute: Compute, pack: Pack, folder: Path) -> 
         tokenizer.drawn = labels(case, objective, batch).reshape(batch, *objective.model.encoder.grid.shape)
         tokenizer.drawn = tokenizer.drawn.to(compute.device)
     batches = masked(case, objective, pack, batch)
+    if compute.device.type == "cuda":
+        batches = [one.pin_memory() for one in batches]
     run = Run(folder, trained, players, steps, row.checkpoint_minutes)
     done = run.resume()
+    take = taker(objective, players)
     every = max(1, steps // REPORTS)
 
     def turn(count: int) -> None:
@@ -148,6 +162,7 @@ def ours(case: Case, batch: int, compute: Compute, pack: Pack, folder: Path) -> 
             evaluate=lambda step: {},
             evaluate_every=0,
             window=run.window,
+            take=take,
         )
         done += count
 
@@ -188,9 +203,8 @@ def _drawn(case: Case) -> nn.Module | None:
 
 def masked(case: Case, objective: Pretext, pack: Pack, batch: int) -> list[Masked]:
     """Batches from the product's own loader; all of one number of hidden patches."""
-    fetch = MaskedFetch(
-        pack.split("train"), objective.model.encoder.grid, bind(MASKS, case.row("fp32", batch).mask), None, 0
-    )
+    mask = None if objective.drawn else bind(MASKS, case.row("fp32", batch).mask)
+    fetch = MaskedFetch(pack.split("train"), objective.model.encoder.grid, mask, None, 0)
     return [fetch([(epoch, index) for index in range(batch)]) for epoch in range(BATCHES)]
 
 
@@ -258,13 +272,14 @@ def gemm(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(timed(turn, 1, device) for _ in range(10))
 
 
-def flops(case: Case, batch: int, device: torch.device, pack: Pack, folder: Path) -> float:
-    """FLOPs of the matrix products and convolutions of one of our steps, forward and backward."""
+def flops(case: Case, pack: Pack, folder: Path) -> float:
+    """FLOPs an image of the matrix products and convolutions of one of our steps, forward and backward."""
+    batch = 2
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        turn = ours(case, batch, Compute(device, False), pack, folder / "flops")
+        turn = ours(case, batch, Compute(torch.device("cpu"), False), pack, folder / "flops")
         with FlopCounterMode(display=False) as counter:
             turn(1)
-    return float(counter.get_total_flops())
+    return float(counter.get_total_flops()) / batch
 
 
 def measure(case: Case, given: argparse.Namespace, device: torch.device, precisions: list[str]) -> dict[str, Any]:
@@ -276,7 +291,7 @@ def measure(case: Case, given: argparse.Namespace, device: torch.device, precisi
         makers = contenders(case, batch, device, pack, folder, precisions, given.own_only)
         memory = {} if given.no_memory else {name: peak_mib(make, device) for name, make in makers.items()}
         turns = {name: make() for name, make in makers.items()}
-        work = flops(case, batch, device, pack, folder)
+        work = flops(case, pack, folder) * batch
         said: dict[str, Any] = {"batch": batch, "flops_per_step": work, "threads": {}}
         for threads in given.threads if device.type == "cpu" else [torch.get_num_threads()]:
             torch.set_num_threads(threads)
@@ -297,7 +312,7 @@ def rounds(
     steps = {}
     for name, turn in turns.items():
         if device.type != "cpu":
-            timed(turn, 2, device)
+            timed(turn, 8, device)  # compiles, and records a step
         steps[name] = max(1, round(given.seconds / timed(turn, 1, device)))
     rates: dict[tuple[str, str], list[float]] = {name: [] for name in turns}
     peaks: dict[str, list[float]] = {precision: [] for precision in precisions}
@@ -356,7 +371,7 @@ def lines(said: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="instead of the device's")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
@@ -370,7 +385,7 @@ def main() -> None:
     gains = devices.choose(given.device).bf16
     precisions = given.precisions or (["fp32", "bf16"] if gains else ["fp32"])
     said: dict[str, Any] = {"device": given.device, "machine": described(device), "bf16": gains, "cases": {}}
-    for name in given.cases:
+    for name in given.cases or (GPU if given.device == "cuda" else CPU):
         torch.set_num_threads(1)
         print(CASES[name].said, flush=True)
         said["cases"][name] = measure(CASES[name], given, device, precisions)

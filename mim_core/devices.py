@@ -20,6 +20,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Precision = Literal["auto", "fp32", "bf16"]
+LONG = 2000
+"""Steps from which on a run on a GPU regains the time in which blocks are compiled, and processes that read begin."""
+
+
+def pays(device: torch.device, steps: int) -> bool:
+    """Whether what takes a while to begin pays in a run of so many steps."""
+    return device.type == "cuda" and steps >= LONG
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,20 @@ class Compute:
             if hasattr(module, "fused_attn"):
                 setattr(module, "fused_attn", not explicit)  # noqa: B010  timm's flag, which nn.Module's types do not know
         return model.to(self.device)
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile timm's blocks one by one: equal ones share the result. What cannot be compiled runs as it is."""
+        dynamo: Any = torch._dynamo.config
+        dynamo.suppress_errors = True
+        # Of a Swin, the blocks of each stage, shifted or not, are compiled apart.
+        dynamo.recompile_limit = max(64, dynamo.recompile_limit)
+        for module in model.modules():
+            if hasattr(module, "attn") and hasattr(module, "mlp"):
+                module.compile(dynamic=False)
+
+    def uncompiled(self) -> AbstractContextManager[Any]:
+        """Have what was compiled run as it was written for a while: for few batches, and of other shapes."""
+        return torch.compiler.set_stance("force_eager") if self.device.type == "cuda" else nullcontext()
 
 
 def choose(device: str = "auto", precision: Precision = "auto") -> Compute:
@@ -103,6 +124,11 @@ def out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe(compute: Compute) -> dict[str, Any]:
     """Say for the manifest what a run computed on."""
     cuda = compute.device.type == "cuda"
@@ -111,7 +137,7 @@ def describe(compute: Compute) -> dict[str, Any]:
         "type": compute.device.type,
         "precision": "bf16" if compute.bf16 else "fp32",
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "torch": torch.__version__,
     }
 

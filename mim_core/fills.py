@@ -138,8 +138,14 @@ class Drop(Fill):
     drops: ClassVar[bool] = True
 
     def tokens(
-        self, tokens: Float[Tensor, "b n d"], hidden: Bool[Tensor, "b n"]
+        self, tokens: Float[Tensor, "b n d"], hidden: Bool[Tensor, "b n"] | Int[Tensor, "b k"]
     ) -> tuple[Float[Tensor, "b k d"], Int[Tensor, "b k"] | None]:
+        """See `Fill`; `hidden` may also be given as the patches that are kept, where they are counted already."""
+        kept = self._visible(hidden) if hidden.dtype == torch.bool else hidden
+        kept = _beside(kept, tokens)
+        return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1])), kept
+
+    def _visible(self, hidden: Bool[Tensor, "b n"]) -> Int[Tensor, "b k"]:
         visible = ~hidden
         fewest, most = (int(count) for count in visible.sum(1).aminmax())
         if fewest != most:
@@ -149,8 +155,7 @@ class Drop(Fill):
                 "in every image; choose a mask of a fixed count, such as {name: random, ratio: 0.75}"
             )
         # Row by row and in the order of patches.
-        kept = _beside(visible.nonzero()[:, 1].view(len(hidden), most), tokens)
-        return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1])), kept
+        return visible.nonzero()[:, 1].view(len(hidden), most)
 
 
 def _beside(mask: Tensor, values: Tensor) -> Tensor:

@@ -118,14 +118,32 @@ def rows_of(mask: Bool[Tensor, "b p"]) -> Wanted:
     return None if most == mask.shape[1] else mask.nonzero()[:, 1].view(len(mask), most)
 
 
+def rows_at(mask: Bool[Tensor, "b p"], count: int) -> Int[Tensor, "b m"]:
+    """Give a mask as indices in order where every image is known to have `count`: no value is read for that."""
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+
+
 def chosen(values: Float[Tensor, "b p ..."], wanted: Wanted) -> Float[Tensor, "m ..."]:
     """Take the wanted positions of all images, one after the other."""
     if wanted is None:
         return values.flatten(0, 1)
     if wanted.dtype == torch.bool:
         return values[wanted]
-    first = torch.arange(len(wanted), device=wanted.device)[:, None] * values.shape[1]
-    return values.flatten(0, 1).index_select(0, (wanted + first).flatten())
+    return values.flatten(0, 1).index_select(0, _flat(wanted, values.shape[1]))
+
+
+def replaced(values: Float[Tensor, "b p k"], wanted: Wanted, by: Float[Tensor, "m k"]) -> Float[Tensor, "b p k"]:
+    """Put others in place of the wanted positions' values: what `chosen` takes out."""
+    if wanted is None:
+        return by.reshape(values.shape)
+    flat = values.flatten(0, 1)
+    rows = wanted.flatten().nonzero().flatten() if wanted.dtype == torch.bool else _flat(wanted, values.shape[1])
+    return flat.index_copy(0, rows, by).view(values.shape)
+
+
+def _flat(wanted: Int[Tensor, "b r"], positions: int) -> Int[Tensor, " m"]:
+    first = torch.arange(len(wanted), device=wanted.device)[:, None] * positions
+    return (wanted + first).flatten()
 
 
 def patchify(images: Float[Tensor, "b c H W"], patch_px: int) -> Float[Tensor, "b n k"]:

@@ -15,9 +15,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import scipy
-from jaxtyping import Bool, UInt8
+import torch
+from jaxtyping import Bool, Int, UInt8
 from pydantic import AfterValidator, Field
+from torch import Tensor
 
+from mim_core import philox
 from mim_core.grid import Grid
 from mim_core.spec import Range
 
@@ -48,7 +51,11 @@ def generator(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.G
     Philox is counter-based, so its key is the address itself and nothing is drawn to make it. `stream` separates uses
     (0 masks, 1 augmentation, 2 order) so that changing one leaves the others' draws as they were.
     """
-    return np.random.Generator(np.random.Philox(key=np.array([seed << 8 | stream, epoch << 40 | index], np.uint64)))
+    return np.random.Generator(np.random.Philox(key=np.array(_key(seed, epoch, index, stream), np.uint64)))
+
+
+def _key(seed: int, epoch: Any, index: Any, stream: int) -> tuple[int, Any]:
+    return seed << 8 | stream, epoch << 40 | index
 
 
 def random(rng: np.random.Generator, grid: Grid, *, ratio: Ratio = 0.6, unit_px: Whole = 32) -> Bool[np.ndarray, "h w"]:
@@ -63,6 +70,24 @@ def random(rng: np.random.Generator, grid: Grid, *, ratio: Ratio = 0.6, unit_px:
     # The lowest of equal-length noise, rather than a permutation: the same arithmetic runs in a batch on a device.
     hidden[np.argsort(rng.random(rows * columns))[: math.ceil(ratio * rows * columns)]] = True
     return _enlarge(hidden.reshape(rows, columns), unit)
+
+
+def random_of(
+    addresses: Int[Tensor, "b 2"], grid: Grid, *, seed: int, ratio: Ratio = 0.6, unit_px: Whole = 32
+) -> Bool[Tensor, "b h w"]:
+    """Give what `random` gives under `generator(seed, epoch, index)`, for many (epoch, index) at once where they are.
+
+    On a grid whose cells are unions of another's, in whole units, it hides the same part of the image as on the other.
+    """
+    unit = unit_patches(grid, unit_px)
+    rows, columns = grid.shape[0] // unit, grid.shape[1] // unit
+    first, second = _key(seed, addresses[:, 0], addresses[:, 1], 0)
+    keys = torch.stack([torch.full_like(second, first), second], dim=1)
+    count = math.ceil(ratio * rows * columns)
+    lowest = philox.draws(keys, rows * columns).topk(count, dim=1, largest=False, sorted=False).indices
+    hidden = torch.zeros(len(keys), rows * columns, dtype=torch.bool, device=keys.device).scatter_(1, lowest, True)
+    cells = hidden.view(-1, rows, 1, columns, 1).expand(-1, rows, unit, columns, unit)
+    return cells.reshape(-1, rows * unit, columns * unit)
 
 
 def square(rng: np.random.Generator, grid: Grid, *, ratio: Ratio = 0.6, unit_px: Whole = 32) -> Bool[np.ndarray, "h w"]:
@@ -342,4 +367,6 @@ MASKS: dict[str, Callable[..., Any]] = {
     "random_region": random_region,
     "block_wise": block_wise,
 }
+MASKS_OF_MANY: dict[str, Callable[..., Any]] = {"random": random_of}
+"""Masks that hide equally many cells of every image, in a form that a device draws for a whole batch."""
 OBJECT_MASKS: dict[str, Callable[..., Any]] = {"object": whole_object, "most_of_object": most_of_object}

@@ -192,19 +192,49 @@ class Player:
 
     def step(self, step: int) -> Tensor:
         """Set the rate, clip, step and clear the gradients; gives the gradient norm before clipping (not read yet)."""
-        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip else math.inf)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate(step) * group["lr_scale"]
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.set_rates(step)
+        norm = self.update()
         if self.average:
             self.average.update(step)
         return norm
 
+    def set_rates(self, step: int) -> None:
+        rate = self.rate(step)
+        for group in self.optimiser.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * group["lr_scale"])
+            else:
+                group["lr"] = rate * group["lr_scale"]
+
+    def update(self) -> Tensor:
+        """Clip, step at the rates that are set, and clear the gradients; gives their norm before clipping."""
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip if self.clip else math.inf)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return norm
+
+    @property
+    def records(self) -> bool:
+        """Whether `update` may be recorded as a part of a CUDA graph."""
+        return isinstance(self.optimiser, torch.optim.AdamW) and self.average is None
+
+    def record(self, on: bool = True) -> None:
+        """Keep rates on the device, where a recorded update reads them, or as numbers again."""
+        for group in self.optimiser.param_groups:
+            device = group["params"][0].device
+            group["lr"] = torch.tensor(float(group["lr"]), device=device) if on else float(group["lr"])
+            group["capturable"] = on
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs: the optimiser's state and the average."""
-        return {"optimiser": self.optimiser.state_dict(), "average": self.average.values if self.average else None}
+        """What a resume needs, on whatever device: the optimiser's state and the average."""
+        state = self.optimiser.state_dict()
+        for group in state["param_groups"]:
+            # Set anew at every step, and how they are kept is not the next run's affair.
+            group["lr"] = float(group["lr"])
+            if "capturable" in group:
+                group["capturable"] = False
+        return {"optimiser": state, "average": self.average.values if self.average else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimiser.load_state_dict(state["optimiser"])

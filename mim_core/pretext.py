@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from mim_core.data.pack import Pack, Split
 from mim_core.devices import Compute
 from mim_core.encoders import ENCODERS
 from mim_core.fills import FILLS
-from mim_core.grid import Grid, Wanted, chosen, entries_hidden, near, patchify, rows_of, unpatchify
+from mim_core.grid import Grid, Wanted, chosen, entries_hidden, near, patchify, replaced, rows_at, rows_of, unpatchify
 from mim_core.heads import HEADS
 from mim_core.masks import generator
 from mim_core.spec import build
@@ -26,6 +26,11 @@ from mim_core.targets import TARGETS
 from mim_core.transforms import Augment, normalise, place
 
 Box = tuple[slice, slice]
+RECORDED = 60_000_000
+"""Parameters up to which a GPU waits for launches, and the memory of a recorded step is small.
+
+A ViT-S with MAE's decoder has 47 million.
+"""
 
 
 class MaskedModel(nn.Module):
@@ -40,7 +45,8 @@ class MaskedModel(nn.Module):
     ) -> Float[Tensor, "m v"]:
         """Predict the wanted positions of images whose hidden patches the encoder does not see.
 
-        `hidden` may be on the CPU whatever the device of the images; see `rows_of` for the form of `wanted`.
+        `hidden` may be on the CPU whatever the device of the images, or be what `Drop.tokens` takes instead; see
+        `rows_of` for the form of `wanted`.
         """
         rows = None
         if self.head.alone and getattr(self.encoder, "selects", False) and not self.fill.drops:
@@ -66,27 +72,62 @@ class MaskedModel(nn.Module):
 class Masked:
     """A batch: uint8 images [b, c, H, W] and their hidden patches [b, n].
 
-    `boxes` [b, 5]: how the device is to place each image, where that is left to it.
+    Where that is left to the device: `boxes` [b, 5], how to place each image, and in place of hidden patches the
+    samples' `addresses` [b, 2].
     """
 
     images: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
     boxes: Tensor | None = None
+    addresses: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def pin_memory(self) -> Masked:
+        """For torch's loader: memory that a GPU copies from while other work goes on."""
+        hidden, boxes, addresses = (
+            one if one is None else one.pin_memory() for one in (self.hidden, self.boxes, self.addresses)
+        )
+        return Masked(self.images.pin_memory(), hidden, boxes, addresses)
+
+
+class Sent(NamedTuple):
+    """A batch on the device, with all settled there that depends on numbers of hidden patches.
+
+    `hidden`: as the model takes it, None where the device draws it by `addresses`. `wanted`: see `rows_of`; `weights`
+    [m, k], of the wanted entries. `entries`: how many there are, where ranks have to know. While `wanted` is no mask,
+    batches of equal shapes go through equal operations.
+    """
+
+    images: Tensor
+    hidden: Tensor | None
+    boxes: Tensor | None = None
+    addresses: Tensor | None = None
+    wanted: Tensor | None = None
+    weights: Tensor | None = None
+    entries: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Masks that the device draws for a whole batch: of `count` hidden patches in every image."""
+
+    mask: Callable[[Tensor, Grid], Tensor]
+    count: int
 
 
 @dataclass(frozen=True)
 class MaskedFetch:
     """Make a masked batch; picklable, so that loader workers can have it.
 
-    `on_device` leaves crop and flip, drawn here, to a device that does them faster (see `transforms.place`).
+    `on_device` leaves crop and flip, drawn here, to a device that does them faster (see `transforms.place`); without a
+    `mask` the device draws that too.
     """
 
     split: Split
     grid: Grid
-    mask: Callable[[np.random.Generator, Grid], np.ndarray]
+    mask: Callable[[np.random.Generator, Grid], np.ndarray] | None
     augment: Augment | None
     seed: int
     on_device: bool = False
@@ -94,13 +135,17 @@ class MaskedFetch:
     def __call__(self, addresses: Sequence[Address]) -> Masked:
         left = self.augment if self.on_device and self.augment and self.augment.only_places else None
         images = read_images(self.split, addresses, None if left else self.augment, self.seed)
-        hidden = [self.mask(generator(self.seed, *address), self.grid).reshape(-1) for address in addresses]
-        masked = torch.from_numpy(np.stack(hidden))
-        if not left:
-            return Masked(images, masked)
-        size = images.shape[-2:]
-        boxes = [left.placing(generator(self.seed, *address, stream=1), *size) for address in addresses]
-        return Masked(images, masked, torch.tensor(boxes, dtype=torch.int64))
+        hidden, boxes, drawn_by = None, None, None
+        if self.mask:
+            drawn = [self.mask(generator(self.seed, *address), self.grid).reshape(-1) for address in addresses]
+            hidden = torch.from_numpy(np.stack(drawn))
+        else:
+            drawn_by = torch.tensor(addresses, dtype=torch.int64)
+        if left:
+            size = images.shape[-2:]
+            placed = [left.placing(generator(self.seed, *address, stream=1), *size) for address in addresses]
+            boxes = torch.tensor(placed, dtype=torch.int64)
+        return Masked(images, hidden, boxes, drawn_by)
 
 
 @dataclass(frozen=True)
@@ -134,37 +179,65 @@ class Pretext(nn.Module):
         critic: Critic | None = None,
         critic_weight: float = 0.0,
         critic_sees: Box | None = None,
+        drawn: Drawn | None = None,
     ) -> None:
         super().__init__()
         self.model, self.target = model, target
         self.loss, self.scope, self.pack, self.compute = loss, scope, pack, compute
         self.critic, self.critic_weight, self.critic_sees = critic, critic_weight, critic_sees
+        self.drawn = drawn
         self.shared: nn.Module | None = None
 
     def losses(self, batch: Masked, step: int) -> Iterator[tuple[str, Tensor]]:
-        images = self.compute.send(batch.images)
-        if batch.boxes is not None:
-            images = place(images, self.compute.send(batch.boxes))
-        images = normalise(images, self.pack.mean, self.pack.std)
-        # What is wanted is settled on the CPU, where the masks are: here no GPU has to be waited for.
+        return self.losses_of(self.sent(batch))
+
+    def sent(self, batch: Masked) -> Sent:
+        """Bring a batch to the device. What is wanted is settled on the CPU, where masks are: no GPU is waited for."""
+        images, boxes, addresses = map(self._send, (batch.images, batch.boxes, batch.addresses))
+        assert images is not None
+        if batch.hidden is None:
+            assert addresses is not None
+            assert self.drawn
+            entries = torch.tensor(self.drawn.count * len(batch)) if self.shared else None
+            return Sent(images, None, boxes, addresses, entries=self._send(entries))
         mask, weights = self.wanted(batch.hidden)
-        rows = rows_of(mask)
-        wanted = None if rows is None else self.compute.send(rows)
+        wanted = rows_of(mask)
+        weighed = None if weights is None else chosen(weights, wanted)
+        entries = (mask.sum() if weighed is None else (weighed > 0).sum()) if self.shared else None
+        hidden = batch.hidden
+        if self.model.fill.drops and (kept := rows_of(~hidden)) is not None and kept.dtype != torch.bool:
+            hidden = kept
+        return Sent(images, *map(self._send, (hidden, boxes, addresses, wanted, weighed, entries)))
+
+    @property
+    def records(self) -> bool:
+        """Whether a step on a batch that was sent may be recorded as a CUDA graph (see `train`), and gains by it."""
+        parameters = sum(one.numel() for one in self.model.parameters())
+        return self.compute.device.type == "cuda" and self.shared is None and parameters <= RECORDED
+
+    def _send(self, values: Tensor | None) -> Tensor | None:
+        return None if values is None else self.compute.send(values)
+
+    def losses_of(self, sent: Sent) -> Iterator[tuple[str, Tensor]]:
+        """Give the losses of a batch on the device; nothing is read from there, and nothing more sent."""
+        images, hidden, wanted = sent.images, sent.hidden, sent.wanted
+        if hidden is None:
+            hidden, wanted = self._draw(sent)
+        if sent.boxes is not None:
+            images = place(images, sent.boxes)
+        images = normalise(images, self.pack.mean, self.pack.std)
         target = self.target(images)
         together = self.shared if self.model.training else None
         with self.compute.autocast():
-            prediction = (together or self.model)(images, batch.hidden, wanted)
+            prediction = (together or self.model)(images, hidden, wanted)
         prediction = prediction.float()
-        weighed = None if weights is None else chosen(weights, rows)
-        loss = self.mean_loss(
-            prediction, chosen(target, wanted), None if weighed is None else self.compute.send(weighed)
-        )
-        if together:
+        loss = self.mean_loss(prediction, chosen(target, wanted), sent.weights)
+        if together and sent.entries is not None:
             # The mean of the ranks' losses is to be that over all entries, however many of them each rank has.
-            entries = (self.compute.send(mask.sum()) if weighed is None else (weighed > 0).sum()).float()
+            entries = sent.entries.float()
             loss = loss * entries / ranks.mean(entries)
         if self.critic:
-            real, fake = self.views(prediction, target, self.compute.send(mask))
+            real, fake = self.views(prediction, target, wanted)
             with self.compute.autocast():
                 critic_loss = self.critic.loss(real, fake)
             yield "critic", critic_loss
@@ -172,6 +245,18 @@ class Pretext(nn.Module):
                 fooled = self.critic.fooled(fake)
             loss = (1 - self.critic_weight) * loss + self.critic_weight * fooled
         yield "model", loss
+
+    def _draw(self, sent: Sent) -> tuple[Tensor, Tensor]:
+        """Draw the masks: what the model takes of them, and the hidden positions of each image."""
+        assert self.drawn
+        assert sent.addresses is not None
+        encoder, count = self.model.encoder, self.drawn.count
+        hidden = self.drawn.mask(sent.addresses, encoder.grid).flatten(1)
+        at_output = hidden
+        if encoder.output != encoder.grid:
+            at_output = self.drawn.mask(sent.addresses, encoder.output).flatten(1)
+        wanted = rows_at(at_output, count * encoder.output.count // encoder.grid.count)
+        return rows_at(~hidden, encoder.grid.count - count) if self.model.fill.drops else hidden, wanted
 
     def wanted(self, hidden: Bool[Tensor, "b n"]) -> tuple[Bool[Tensor, "b p"], Float[Tensor, "b p k"] | None]:
         """Tell which positions to predict, and the weight of each entry there (None: 1 throughout)."""
@@ -209,11 +294,10 @@ class Pretext(nn.Module):
         # Over the number of entries and not the sum of weights: as published, weights scale gradients only.
         return (each * weights).sum() / (weights > 0).sum().clamp(min=1)
 
-    def views(self, prediction: Tensor, target: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    def views(self, prediction: Tensor, target: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
         """Give what the critic compares: real pictures, and the same with predictions in the wanted positions."""
         shape, side = self.model.encoder.output.shape, self.target.entries.side
-        mixed = target.clone()
-        mixed[wanted] = prediction
+        mixed = replaced(target, wanted, prediction)
         box = self.critic_sees or (slice(None), slice(None))
         real, fake = (unpatchify(patches, shape, side)[..., box[0], box[1]] for patches in (target, mixed))
         return real, fake
@@ -221,6 +305,7 @@ class Pretext(nn.Module):
     @torch.no_grad()
     def recover(self, batch: Masked) -> dict[str, Tensor]:
         """Predict every position; gives pictures in [0, 1]: originals, predictions, composites, and hidden pixels."""
+        assert batch.hidden is not None
         images = normalise(batch.images.to(self.compute.device), self.pack.mean, self.pack.std)
         hidden = batch.hidden.to(self.compute.device)
         encoder = self.model.encoder

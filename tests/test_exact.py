@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from mim_core import devices
 from mim_core.data.order import Order
 from mim_core.data.pack import Pack
 from mim_core.devices import Compute
+from mim_core.encoders import ENCODERS
 from mim_core.files import read_curve
-from mim_core.grid import Grid, chosen, entries_hidden, rows_of
+from mim_core.grid import Grid, chosen, entries_hidden, replaced, rows_at, rows_of
 from mim_core.jobs.pretrain import begin, pretrain
-from mim_core.masks import MASKS
+from mim_core.masks import MASKS, MASKS_OF_MANY
 from mim_core.optim import cosine
-from mim_core.pretext import Masked, MaskedFetch, Pretext
-from mim_core.spec import bind
+from mim_core.params import PretrainRow
+from mim_core.pretext import Drawn, Masked, MaskedFetch, Pretext
+from mim_core.spec import bind, build, check
 from mim_core.transforms import Augment, normalise, place
 
 LOSS, GRADIENT = 1e-6, 1e-5
@@ -114,6 +117,41 @@ def test_what_is_chosen_by_indices_is_what_the_mask_chooses() -> None:
     assert torch.equal(chosen(values, mask), values[mask])
     assert rows_of(torch.ones(2, 3, dtype=torch.bool)) is None
     assert torch.equal(chosen(values, None), values.flatten(0, 1))
+    for wanted in (mask, rows, None):
+        taken = chosen(values.flatten(2), wanted)
+        assert torch.equal(chosen(replaced(torch.zeros(3, 5, 8), wanted, taken), wanted), taken)
+    put = replaced(torch.zeros(3, 5, 8), rows, chosen(values.flatten(2), rows))
+    assert torch.equal(put, values.flatten(2) * mask[..., None])
+    assert torch.equal(rows_at(mask, 2), rows)
+
+
+@pytest.mark.parametrize("method", ["simmim", "mae", "swin"])
+def test_masks_that_the_device_draws_give_the_loss_and_gradients_of_those_of_the_loader(
+    pack: Pack, method: str
+) -> None:
+    objective, batch = made(pack, **METHODS[method])
+    row = pretrain_row(**METHODS[method])
+    assert batch.hidden is not None
+    objective.drawn = Drawn(partial(MASKS_OF_MANY["random"], seed=0, **row.mask.params()), int(batch.hidden[0].sum()))
+    fetch = MaskedFetch(pack.split("train"), objective.model.encoder.grid, None, None, 0)
+    left = fetch([(0, index) for index in range(8)])
+    assert left.hidden is None
+    here, there = objective.sent(batch), objective.sent(left)
+    assert there.hidden is None
+    hidden, wanted = objective._draw(there)
+    assert here.hidden is not None
+    assert torch.equal(hidden, here.hidden)
+    assert here.wanted is not None
+    assert torch.equal(wanted, here.wanted)
+    agree(*(followed(objective, lambda one=one: next(objective.losses(one, 0))[1]) for one in (left, batch)))
+
+
+@pytest.mark.parametrize("encoder", [ENCODER, SWIN])
+def test_patches_are_embedded_as_by_the_convolution(encoder: dict[str, Any]) -> None:
+    made: Any = build(ENCODERS, check(PretrainRow, {**PRETRAIN, "encoder": encoder}, "row").encoder, (16, 16), 3)
+    images = torch.randn(2, 3, 16, 16)
+    by_convolution = made.backbone.patch_embed(images).reshape(2, made.grid.count, -1)
+    torch.testing.assert_close(made.embed(images), by_convolution, rtol=1e-5, atol=1e-6)
 
 
 def plain(row: Any, pack: Pack, steps: int) -> list[float]:

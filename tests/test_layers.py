@@ -26,6 +26,7 @@ LEVELS = (
         "losses",
         "metrics",
         "optim",
+        "philox",
         "ranks",
         "spec",
         "statistics",

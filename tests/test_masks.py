@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import pytest
+import torch
 from core_pieces import python
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, stats
 
 from mim_core.grid import Grid
-from mim_core.masks import MASKS, OBJECT_MASKS, add_block, avg_distance, generator, random, unit_patches
+from mim_core.masks import MASKS, MASKS_OF_MANY, OBJECT_MASKS, add_block, avg_distance, generator, random, unit_patches
 from mim_core.spec import OneOf, Piece, SpecError, Strict, bind, check
 
 PARITY = np.load(Path(__file__).parent / "parity" / "simmim_maskgen_stats.npz")
@@ -397,3 +398,17 @@ def test_avg_distance_is_the_published_one_to_the_last_digit() -> None:
     found = [avg_distance(np.eye(9, dtype=bool)[cell].reshape(3, 3), Grid(192, 192, 64)) for cell in (0, 1, 4)]
     (published,) = DISTANCES[(DISTANCES[:, 0] == 64) & (DISTANCES[:, 1] == 0.1), 2]
     assert np.dot(found, [8, 9, 3]) / 20 == pytest.approx(published, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", MASKS_OF_MANY)
+@pytest.mark.parametrize(("grid", "unit_px"), [(Grid(48, 32, 4), 8), (Grid(224, 224, 16), 16), (Grid(64, 64, 2), 32)])
+def test_masks_of_many_are_those_of_each(name: str, grid: Grid, unit_px: int) -> None:
+    addresses = [(epoch, index) for epoch in (0, 7, 2**20) for index in (0, 1, 12345, 2**39)]
+    for ratio in (0.1, 0.6, 0.95):
+        each = [MASKS[name](generator(5, *one), grid, ratio=ratio, unit_px=unit_px) for one in addresses]
+        many = MASKS_OF_MANY[name](torch.tensor(addresses), grid, seed=5, ratio=ratio, unit_px=unit_px)
+        assert np.array_equal(many.numpy(), np.stack(each))
+        # On the grid of units the same part of the image is hidden.
+        coarse = Grid(grid.height, grid.width, unit_px)
+        units = MASKS_OF_MANY[name](torch.tensor(addresses), coarse, seed=5, ratio=ratio, unit_px=unit_px)
+        assert torch.equal(grid.pixels(many.flatten(1)), coarse.pixels(units.flatten(1)))

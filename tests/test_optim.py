@@ -227,6 +227,23 @@ def test_clipping_scales_the_gradient_and_tells_the_norm_before() -> None:
     torch.testing.assert_close(first_moment, 0.1 * torch.tensor([0.6, 0.8]))
 
 
+def test_rates_that_a_recorded_step_reads_are_saved_as_numbers() -> None:
+    weight, player = one_weight(0.1)
+    weight.grad = torch.ones(2)
+    player.step(0)
+    player.record()
+    player.set_rates(3)
+    (group,) = player.optimiser.param_groups
+    assert isinstance(group["lr"], torch.Tensor)
+    assert group["lr"].item() == pytest.approx(0.2)  # 0.1 * 4 * 0.5
+    (saved,) = player.state_dict()["optimiser"]["param_groups"]
+    assert (type(saved["lr"]), saved["capturable"]) == (float, False)
+    player.record(False)
+    assert group["lr"] == pytest.approx(0.2)
+    weight.grad = torch.ones(2)
+    player.step(1)
+
+
 def test_layer_decay_of_a_swin_is_simmims() -> None:
     encoder = build(
         ENCODERS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,8 +77,10 @@ class Fetched(Dataset[Any]):
         return self.fetch(addresses)
 
 
-def loader(fetch: Callable[[Sequence[Address]], Any], order: Order, workers: int = 0) -> DataLoader[Any]:
-    """Load batches in order.
+def loader(
+    fetch: Callable[[Sequence[Address]], Any], order: Order, workers: int = 0, pinned: bool = False
+) -> DataLoader[Any]:
+    """Load batches in order; `pinned` has them where a GPU can copy from.
 
     Workers come from a fork server: forked children of a process that runs orchestrator threads die at the epoch's end.
     """
@@ -86,8 +89,16 @@ def loader(fetch: Callable[[Sequence[Address]], Any], order: Order, workers: int
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_same,
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=_server(fetch) if workers else None,
+        pin_memory=pinned,
     )
+
+
+def _server(fetch: Any) -> Any:
+    server = multiprocessing.get_context("forkserver")
+    # Workers begin with what they need, rather than each to import torch for itself.
+    server.set_forkserver_preload([type(fetch).__module__])
+    return server
 
 
 def _same(batch: Any) -> Any:

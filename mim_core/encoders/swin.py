@@ -14,6 +14,7 @@ from pydantic import Field
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from mim_core.blocks import embed_patches
 from mim_core.grid import Grid, Level, no_taps
 from mim_core.spec import Counts
 
@@ -87,8 +88,7 @@ class Swin(nn.Module):
 
     def embed(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n e"]:
         """Embed each patch and normalise it: a fill's token takes the place of what comes out of the LayerNorm."""
-        out: Tensor = self.backbone.patch_embed(images).flatten(1, 2)
-        return out
+        return embed_patches(self.backbone.patch_embed, images)
 
     def encode(
         self, tokens: Float[Tensor, "b n e"], kept: Int[Tensor, "b k"] | None = None

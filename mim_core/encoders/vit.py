@@ -20,7 +20,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mim_core.blocks import block_at
+from mim_core.blocks import block_at, embed_patches
 from mim_core.grid import Grid, Level
 from mim_core.positions import sincos
 from mim_core.spec import Depth
@@ -108,8 +108,7 @@ class ViT(nn.Module):
 
     def embed(self, images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n d"]:
         """Embed each patch; positions are not in yet, so that a fill can put its token in place of a patch."""
-        out: Tensor = self.backbone.patch_embed(images)
-        return out
+        return embed_patches(self.backbone.patch_embed, images)
 
     def encode(
         self,

@@ -19,11 +19,11 @@ from mim_core.data.pack import Pack, Split
 from mim_core.grid import Grid
 from mim_core.jobs.run import Run, about, player, result
 from mim_core.losses import LOSSES
-from mim_core.masks import MASKS, OBJECT_MASKS, avg_distance, generator, random
+from mim_core.masks import MASKS, MASKS_OF_MANY, OBJECT_MASKS, avg_distance, generator, random
 from mim_core.metrics.pictures import hole_psnr
 from mim_core.optim import Player, adamw
 from mim_core.params import PretrainRow, TokenizerOf
-from mim_core.pretext import Box, Masked, MaskedFetch, MaskedModel, Pretext, Scope, assemble, hole
+from mim_core.pretext import Box, Drawn, Masked, MaskedFetch, MaskedModel, Pretext, Scope, assemble, hole
 from mim_core.probing import Linear, Probing
 from mim_core.spec import bind, build, check
 from mim_core.tokenizers import TOKENIZERS
@@ -89,7 +89,8 @@ def pretrain(
 
     batch = min(row.optim.batch, len(images))
     order = Order(np.arange(len(images)), batch, seed, 0, steps)
-    fetch = MaskedFetch(images, encoder.grid, mask, row.augment, seed, compute.device.type == "cuda")
+    on_device = compute.device.type == "cuda"
+    fetch = MaskedFetch(images, encoder.grid, None if objective.drawn else mask, row.augment, seed, on_device)
     run.train(objective, fetch, order, evaluate, evaluations)
     if ranks.number():
         return {}
@@ -130,7 +131,20 @@ def begin(
         players["critic"] = Player(adamw(groups, row.optim.betas), own.rate, own.clip)
     compute.prepare(trained)
     target.to(compute.device)
+    if devices.pays(compute.device, steps):
+        compute.compile(trained)
+        objective.drawn = _drawn(row, objective, seed)
     return objective, trained, players, steps
+
+
+def _drawn(row: PretrainRow, objective: Pretext, seed: int) -> Drawn | None:
+    """Have the device draw masks where it can, and where what is predicted is exactly what they hide."""
+    encoder = objective.model.encoder
+    many, whole = MASKS_OF_MANY.get(row.mask.name), encoder.output.patch_px
+    if not many or objective.scope.part != "hidden" or row.mask.params()["unit_px"] % whole:
+        return None
+    first = bind(MASKS, row.mask)(generator(seed, 0, 0), encoder.grid)
+    return Drawn(partial(many, seed=seed, **row.mask.params()), int(first.sum()))
 
 
 def load_tokenizer(path: Path, channels: int) -> nn.Module:

@@ -28,6 +28,8 @@ REPORTS = 100
 TRIES = 3
 """How often the steps between two reports are tried again, each time at half the rate, where they end in NaN."""
 NONFINITE = "nonfinite.json"
+READERS = 4
+"""Processes that read for a GPU, at most: a GPU is quicker than one that reads and trains."""
 WINDOW = "window"
 """The name among a checkpoint's players of the sums since the last report."""
 
@@ -235,7 +237,8 @@ class Run:
         evaluate: Callable[[int], Scalars],
         evaluations: int,
     ) -> None:
-        every = max(1, self.steps // REPORTS)
+        every, device = max(1, self.steps // REPORTS), _device(self.model)
+        readers = min(READERS, devices.cores() - 1) if devices.pays(device, self.steps) else 0
         self.judging = False  # an evaluation may have been what it went back from
         averages = [player.average for player in self.players.values() if player.average]
 
@@ -245,6 +248,7 @@ class Run:
             with ExitStack() as stack:
                 for average in averages:
                     stack.enter_context(average.worn())
+                stack.enter_context(devices.Compute(device, False).uncompiled())
                 self.judging = True
                 scalars = evaluate(step)
                 self.judging = False
@@ -253,7 +257,12 @@ class Run:
         train(
             objective,
             self.players,
-            loader(fetch, replace(order, start=start, rank=ranks.number(), ranks=ranks.count())),
+            loader(
+                fetch,
+                replace(order, start=start, rank=ranks.number(), ranks=ranks.count()),
+                readers,
+                device.type == "cuda",
+            ),
             seed=order.seed,
             start=start,
             steps=self.steps,
