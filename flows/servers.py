@@ -64,6 +64,8 @@ def apply() -> None:
     """
     for key, value in settings().items():
         os.environ.setdefault(key, value)
+    with contextlib.suppress(OSError):  # Prefect makes its folder in this one, and warns where it cannot
+        workspace.home().mkdir(parents=True, exist_ok=True)
     ports = running()
     if "prefect" in ports:
         os.environ.setdefault("PREFECT_API_URL", f"{address('prefect', ports)}/api")

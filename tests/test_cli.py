@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,17 @@ def test_outside_a_workspace_a_command_says_where_to_go(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "run unmask inside its repository" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_prefect_starts_without_a_word_where_nothing_was_run_yet(tmp_path: Path) -> None:
+    (tmp_path / "params").mkdir()
+    (tmp_path / "dvc.yaml").write_text("")
+    command = [sys.executable, "-W", "error::UserWarning", "-c", "import flows, prefect"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "UNMASK_"))}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / ".unmask" / "prefect").is_dir()
 
 
 @pytest.mark.orchestration
