@@ -62,8 +62,13 @@ def main() -> None:
                             f"round {turn + 1}: {way:10} {said['training']:7.2f} s, end {said['end']:6.2f} s",
                             flush=True,
                         )
+                    write(given, taken)
             finally:
                 workers.stop()
+
+
+def write(given: argparse.Namespace, taken: dict[str, list[dict[str, float]]]) -> None:
+    """Write what the whole rounds gave, and print the ratios."""
     first = [one["training"] for one in taken["no record"]]
     ratios = {way: [a["training"] / b for a, b in zip(taken[way], first, strict=True)] for way in list(taken)[1:]}
     said = {
