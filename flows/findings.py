@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,15 @@ def finding(arm: Arm, published: Published) -> str:
     return f"{start} {'raised' if gain.mean > 0 else 'lowered'} test {metric} at {where} {change}: {bounds}."
 
 
+def _of_data(published: Published, key: str, of_pack: Callable[[Any], str | None]) -> dict[str, set[str]]:
+    """Give by dataset what the pack that lies here is, and what runs say that theirs was."""
+    found = {name: {said} for name, meta in published.packs.items() if (said := of_pack(meta))}
+    for _, manifest in manifests_of(published):
+        if key in manifest["data"]:
+            found.setdefault(manifest["data"]["name"], set()).add(manifest["data"][key])
+    return found
+
+
 def caveats(published: Published) -> Iterator[str]:
     """Say what a careful reader has to know before believing the table."""
     arms, manifests = published.arms, list(manifests_of(published))
@@ -101,18 +110,12 @@ def caveats(published: Published) -> Iterator[str]:
     dirty = [name for name, manifest in manifests if manifest.get("git", {}).get("dirty")]
     if dirty:
         yield f"Made with uncommitted changes to code or rows: {_few(dirty, len(manifests))}."
-    versions = {name: {meta["md5"]} for name, meta in published.packs.items() if "md5" in meta}
-    for _, manifest in manifests:
-        versions.setdefault(manifest["data"]["name"], set()).add(manifest["data"]["md5"])
+    versions = _of_data(published, "md5", lambda meta: meta.get("md5"))
     for name, found in versions.items():
         if len(found) > 1:
             told = ", ".join(sorted(found))
             yield f"{name}: runs and pack are of {len(found)} versions of it and do not compare: {told}."
-    packs = {name: {workspace.digest(meta)} for name, meta in published.packs.items()}
-    for _, manifest in manifests:
-        if "pack" in manifest["data"]:
-            packs.setdefault(manifest["data"]["name"], set()).add(manifest["data"]["pack"])
-    for name, found in packs.items():
+    for name, found in _of_data(published, "pack", workspace.digest).items():
         if len(found) > 1 and len(versions.get(name, ())) < 2:
             yield f"{name}: runs are of {len(found)} packs of it, by different rows of data.yaml, and do not compare."
     devices = {str(manifest.get("compute", {}).get("device")) for _, manifest in manifests}

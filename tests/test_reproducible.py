@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def test_another_checkpoint_interval_gives_the_same_weights(
 def test_another_number_of_loader_workers_gives_the_same_weights(
     tmp_path: Path, pack: Pack, usual: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(jobs_run, "loader", functools.partial(loader, workers=workers))
+    monkeypatch.setattr(jobs_run, "loader", lambda fetch, order, *_: loader(fetch, order, workers))
     for kind in KINDS if workers == 1 else ("pretrain",):
         assert weights(kind, pack, tmp_path / kind) == usual[kind], kind
 
@@ -95,7 +94,7 @@ class Threads:
 def test_another_thread_count_of_the_loader_gives_the_same_weights(
     tmp_path: Path, pack: Pack, usual: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr(jobs_run, "loader", lambda fetch, order: loader(Threads(fetch, count), order))
+    monkeypatch.setattr(jobs_run, "loader", lambda fetch, order, *_: loader(Threads(fetch, count), order))
     assert weights("pretrain", pack, tmp_path) == usual["pretrain"]
 
 
