@@ -22,7 +22,8 @@ import torch
 from machine import described
 
 from flows import rows, workspace
-from flows.workers import Workers, cores, slots
+from flows.workers import Workers, slots
+from mim_core.cores import cores
 
 Jobs = list[list[dict[str, Any]]]
 """The jobs of each point, in order."""

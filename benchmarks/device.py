@@ -15,19 +15,19 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import described, table
+from machine import described, drawn_pack, table
 from safetensors.torch import load_file
 
 from mim_core import devices, masks
 from mim_core.data.order import Order
-from mim_core.data.pack import Pack, Sample, Source, open_pack, write
+from mim_core.data.pack import Pack
 from mim_core.devices import Compute
 from mim_core.files import read_curve
 from mim_core.grid import Grid
@@ -42,19 +42,8 @@ from mim_core.train import Recorded, StoppedError, taker
 from mim_core.transforms import Augment, place
 
 ROWS = load(Path(__file__).parents[1] / "params")
-SIZE, BATCH, STEPS = (32, 32), 64, 10
+SIZE, IMAGES, BATCH, STEPS = (32, 32), 256, 64, 10
 COMPILED = ("simmim_vit", "mae", "simmim_swin")
-
-
-def noise(folder: Path, count: int = 256) -> Pack:
-    def samples(split: str) -> Iterator[Sample]:
-        rng = np.random.default_rng(len(split))
-        for _ in range(counts[split]):
-            yield Sample(rng.integers(0, 256, (3, *SIZE), np.uint8))
-
-    counts = {"train": count, "validation": 32, "test": 0}
-    write(Source([], counts, samples), folder, {})
-    return open_pack(folder)
 
 
 def tokenizer_of(row: Any) -> Any:
@@ -73,14 +62,14 @@ def curve(
     objective, trained, players, _ = begin(row, pack, 0, compute, tokenizer_of(row))
     objective.drawn = None
     if compiled:
-        compute.compile(trained)
+        devices.compile_blocks(trained)
     gpu = compute.device.type == "cuda"
     fetch = MaskedFetch(pack.split("train"), objective.model.encoder.grid, bind(MASKS, row.mask), row.augment, 0, gpu)
     take = taker(objective, players)
     if isinstance(take, Recorded) and not recorded:
         take.possible = False
     found = []
-    for step, addresses in enumerate(Order(np.arange(256), BATCH, 0, 0, STEPS)):
+    for step, addresses in enumerate(Order(np.arange(IMAGES), BATCH, 0, 0, STEPS)):
         torch.manual_seed(step)
         found.append(take(fetch(addresses), step)["loss"])
     return [one.item() for one in found], isinstance(take, Recorded) and take.graph is not None
@@ -196,7 +185,7 @@ def main() -> None:
         keep()
 
     with tempfile.TemporaryDirectory() as folder:
-        pack = noise(Path(folder) / "pack")
+        pack = drawn_pack(SIZE, IMAGES, Path(folder) / "pack", validation=32)
         for name, check in (("drawn", drawn), ("jobs", partial(jobs, Path(folder), pack))):
             if name not in given.checks:
                 continue

@@ -44,7 +44,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def drawn_pack(size: tuple[int, int], batch: int, folder: Path) -> Pack:
+def drawn_pack(size: tuple[int, int], batch: int, folder: Path, validation: int = 0) -> Pack:
     """A pack of noise."""
 
     def samples(split: str) -> Iterator[Sample]:
@@ -52,7 +52,7 @@ def drawn_pack(size: tuple[int, int], batch: int, folder: Path) -> Pack:
         for _ in range(counts[split]):
             yield Sample(rng.integers(0, 256, (3, *size), np.uint8))
 
-    counts = {"train": batch, "validation": 0, "test": 0}
+    counts = {"train": batch, "validation": validation, "test": 0}
     write(Source([], counts, samples), folder, {})
     return open_pack(folder)
 

@@ -32,7 +32,8 @@ import torch
 from machine import described
 
 from flows import rows, workspace
-from flows.workers import Workers, cores, wait_until
+from flows.workers import Workers, wait_until
+from mim_core.cores import cores
 
 SLOW_SECONDS = 5.0
 

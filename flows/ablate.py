@@ -18,7 +18,8 @@ from flows.downstream import check_labels
 from flows.points import PIXELS, Laboratory, Measured, each
 from flows.progress import Bar
 from flows.stage import Stage, artifact_key, command, died, picture_address, published, shown
-from flows.workers import JobDiedError, JobFailedError, Watch, Workers, cores, slots
+from flows.workers import JobDiedError, JobFailedError, Watch, Workers, slots
+from mim_core.cores import cores
 from mim_core.files import read_curve
 
 Point = dict[str, Any]

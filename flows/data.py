@@ -243,7 +243,7 @@ def _recognised(source: Path, folder: Path, form: str | None, say: Say) -> tuple
 
 def _read(source: Path, at: Path, name: str, row: Any, spoiled: list[dict[str, str]], say: Say) -> tuple[Source, str]:
     """Read the dataset as its row says, and list what is refused; gives its source, and where the list is."""
-    from flows.workers import cores
+    from mim_core.cores import cores
     from mim_core.data.records import NoImagesError
     from mim_core.data.sources import SOURCES
     from mim_core.data.work import Work

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from flows import data, room, rows, servers, workspace
-from flows.workers import cores
+from mim_core.cores import cores
 
 DISK_GB = 2.0
 

@@ -18,7 +18,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows import rows, workspace
 from flows.progress import Bar
 from flows.stage import Stage, artifact_key, command, died, encoder_of, picture_address, shown, write_curves
-from flows.workers import Workers, cores, slots
+from flows.workers import Workers, slots
+from mim_core.cores import cores
 
 Point = dict[str, Any]
 WEIGHTS, PICTURE = "model.safetensors", "predictions.png"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows import rows, tables, workspace
 from flows.progress import Bar
-from flows.workers import cores
+from mim_core.cores import cores
 from mim_core.files import write_atomically
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from flows import workspace
 from flows.progress import Bar
 from flows.stage import Stage, artifact_key, command, shown
-from flows.workers import cores
+from mim_core.cores import cores
 
 
 @task(cache_policy=NO_CACHE)

@@ -27,7 +27,8 @@ from flows.points import Laboratory, Measured, each
 from flows.spaces import Row, Space, tokenizers
 from flows.stage import Stage, artifact_key, command, picture_address, published, shown
 from flows.study import COMPLETE, DEFAULT, FAIL, HOUR, PRUNED, Course, Ongoing
-from flows.workers import JobDiedError, StoppedError, Watch, Workers, cores, slots
+from flows.workers import JobDiedError, StoppedError, Watch, Workers, slots
+from mim_core.cores import cores
 from mim_core.files import read_curve, write_atomically
 
 TRIES = 3

@@ -15,7 +15,8 @@ from prefect.cache_policies import NO_CACHE
 from flows import workspace
 from flows.progress import Bar
 from flows.stage import Stage, artifact_key, died, picture_address, shown, write_curves
-from flows.workers import Workers, cores
+from flows.workers import Workers
+from mim_core.cores import cores
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import limits, workspace
+from mim_core.cores import cores
 
 Span = tuple[float, float]
 """When work began and ended, in seconds of the epoch."""
@@ -222,11 +223,6 @@ class Workers:
         wait_until(lambda: not any(worker.busy for worker in self.all), STOP_SECONDS)
         for worker in self.all:
             worker.close()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def slots() -> int:

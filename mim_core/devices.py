@@ -7,7 +7,6 @@ is a further 1.55 times the fused kernel, whose bf16 backward is slow on CPU. On
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from mim_core.cores import cores
 
 Precision = Literal["auto", "fp32", "bf16"]
 LONG = 2000
@@ -53,19 +54,21 @@ class Compute:
                 setattr(module, "fused_attn", not explicit)  # noqa: B010  timm's flag, which nn.Module's types do not know
         return model.to(self.device)
 
-    def compile(self, model: nn.Module) -> None:
-        """Compile timm's blocks one by one: equal ones share the result. What cannot be compiled runs as it is."""
-        dynamo: Any = torch._dynamo.config
-        dynamo.suppress_errors = True
-        # Of a Swin, the blocks of each stage, shifted or not, are compiled apart.
-        dynamo.recompile_limit = max(64, dynamo.recompile_limit)
-        for module in model.modules():
-            if hasattr(module, "attn") and hasattr(module, "mlp"):
-                module.compile(dynamic=False)
 
-    def uncompiled(self) -> AbstractContextManager[Any]:
-        """Have what was compiled run as it was written for a while: for few batches, and of other shapes."""
-        return torch.compiler.set_stance("force_eager") if self.device.type == "cuda" else nullcontext()
+def compile_blocks(model: nn.Module) -> None:
+    """Compile timm's blocks one by one: equal ones share the result. What cannot be compiled runs as it is."""
+    dynamo: Any = torch._dynamo.config
+    dynamo.suppress_errors = True
+    # Of a Swin, the blocks of each stage, shifted or not, are compiled apart.
+    dynamo.recompile_limit = max(64, dynamo.recompile_limit)
+    for module in model.modules():
+        if hasattr(module, "attn") and hasattr(module, "mlp"):
+            module.compile(dynamic=False)
+
+
+def uncompiled(device: torch.device) -> AbstractContextManager[Any]:
+    """Have what was compiled run as it was written for a while: for few batches, and of other shapes."""
+    return torch.compiler.set_stance("force_eager") if device.type == "cuda" else nullcontext()
 
 
 def choose(device: str = "auto", precision: Precision = "auto") -> Compute:
@@ -122,11 +125,6 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device's memory, or the machine's, is full."""
     said = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(compute: Compute) -> dict[str, Any]:

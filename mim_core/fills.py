@@ -141,11 +141,11 @@ class Drop(Fill):
         self, tokens: Float[Tensor, "b n d"], hidden: Bool[Tensor, "b n"] | Int[Tensor, "b k"]
     ) -> tuple[Float[Tensor, "b k d"], Int[Tensor, "b k"] | None]:
         """See `Fill`; `hidden` may also be given as the patches that are kept, where they are counted already."""
-        kept = self._visible(hidden) if hidden.dtype == torch.bool else hidden
-        kept = _beside(kept, tokens)
+        kept = _beside(self.kept(hidden) if hidden.dtype == torch.bool else hidden, tokens)
         return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1])), kept
 
-    def _visible(self, hidden: Bool[Tensor, "b n"]) -> Int[Tensor, "b k"]:
+    def kept(self, hidden: Bool[Tensor, "b n"]) -> Int[Tensor, "b k"]:
+        """Give the patches that are kept; raises ValueError where images have unequally many."""
         visible = ~hidden
         fewest, most = (int(count) for count in visible.sum(1).aminmax())
         if fewest != most:

@@ -204,9 +204,7 @@ class Pretext(nn.Module):
         wanted = rows_of(mask)
         weighed = None if weights is None else chosen(weights, wanted)
         entries = (mask.sum() if weighed is None else (weighed > 0).sum()) if self.shared else None
-        hidden = batch.hidden
-        if self.model.fill.drops and (kept := rows_of(~hidden)) is not None and kept.dtype != torch.bool:
-            hidden = kept
+        hidden = self.model.fill.kept(batch.hidden) if self.model.fill.drops else batch.hidden
         return Sent(images, *map(self._send, (hidden, boxes, addresses, wanted, weighed, entries)))
 
     @property

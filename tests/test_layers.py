@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 CORE = ROOT / "mim_core"
 # A module may import from lines above its own, and a package's modules from one another. Never sideways.
 LEVELS = (
+    ("cores",),
     (
         "changes",
         "checkpoint",

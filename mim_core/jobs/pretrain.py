@@ -132,7 +132,7 @@ def begin(
     compute.prepare(trained)
     target.to(compute.device)
     if devices.pays(compute.device, steps):
-        compute.compile(trained)
+        devices.compile_blocks(trained)
         objective.drawn = _drawn(row, objective, seed)
     return objective, trained, players, steps
 

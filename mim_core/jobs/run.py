@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_core import checkpoint, devices, ranks
+from mim_core.cores import cores
 from mim_core.data.order import Order, loader
 from mim_core.data.pack import Pack
 from mim_core.files import read_curve, write_atomically
@@ -238,7 +239,7 @@ class Run:
         evaluations: int,
     ) -> None:
         every, device = max(1, self.steps // REPORTS), _device(self.model)
-        readers = min(READERS, devices.cores() - 1) if devices.pays(device, self.steps) else 0
+        readers = min(READERS, cores() - 1) if devices.pays(device, self.steps) else 0
         self.judging = False  # an evaluation may have been what it went back from
         averages = [player.average for player in self.players.values() if player.average]
 
@@ -248,7 +249,7 @@ class Run:
             with ExitStack() as stack:
                 for average in averages:
                     stack.enter_context(average.worn())
-                stack.enter_context(devices.Compute(device, False).uncompiled())
+                stack.enter_context(devices.uncompiled(device))
                 self.judging = True
                 scalars = evaluate(step)
                 self.judging = False
