@@ -14,7 +14,6 @@ Writes benchmarks/layers.json and the tables benchmarks/layers.md.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import described, drawn_pack, table, timed
+from machine import cpu_of, described, drawn_pack, table, timed
 
 from mim_core import devices
 from mim_core.jobs.pretrain import begin
@@ -122,22 +121,18 @@ class Workspace:
         if done.returncode:
             raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stdout}")
 
-    def servers(self) -> list[int]:
-        """Process ids of the servers and all below them."""
+    def cpu(self) -> float:
+        """CPU-seconds so far of all commands that have ended, and of the servers."""
         recorded = self.folder / ".unmask" / "servers.json"
-        found = [said["pid"] for said in json.loads(recorded.read_text()).values()] if recorded.exists() else []
-        for pid in found:  # grows as it goes
-            with contextlib.suppress(OSError):
-                tasks = Path(f"/proc/{pid}/task").glob("*/children")
-                found += [int(child) for task in tasks for child in task.read_text().split()]
-        return found
+        servers = json.loads(recorded.read_text()).values() if recorded.exists() else []
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime + sum(cpu_of(said["pid"]) for said in servers)
 
     def measured(self, way: Callable[[], None]) -> tuple[float, float]:
         """Seconds by the clock and of CPU of a way, servers included."""
-        before = _of_children() + sum(map(_of_process, self.servers()))
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), self.cpu()
         way()
-        return time.perf_counter() - begun, _of_children() + sum(map(_of_process, self.servers())) - before
+        return time.perf_counter() - begun, self.cpu() - before
 
 
 SMALL = "train: 256, validation: 64, test: 64"
@@ -147,18 +142,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def _of_process(pid: int) -> float:
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
 
 
 def stages(rounds: int) -> dict[str, dict[str, list[float]]]:

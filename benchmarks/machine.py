@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -68,6 +69,15 @@ def timed(turn: Turn, steps: int, device: torch.device) -> float:
     if not cpu:
         torch.cuda.synchronize()
     return clock() - begun
+
+
+def cpu_of(pid: int) -> float:
+    """CPU-seconds that a process and all below it have taken so far, but for children that have ended."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        below = [child for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") + sum(cpu_of(int(child)) for child in below)
+    return 0.0
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

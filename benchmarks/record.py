@@ -1,11 +1,16 @@
 """Time the same small training while MLflow's server is healthy, slow, failing or dead, beside no record at all.
 
-    python benchmarks/record.py simmim_vit --epochs 3 --rounds 4
+    python benchmarks/record.py simmim_vit --epochs 0.25 --rounds 4
 
-Each round trains once with each, in turns, in one warm worker that has all cores; the record is the product's own, with
-its curve and the machine's metrics. `training` is the time of the job, `end` what the stage then waits for: until it
-knows MLflow's id, and until it has closed the record. Needs the pack of the row's dataset (`dvc repro prepare@scenes`)
-and an idle machine. Writes benchmarks/record.json.
+Each round trains with each, and next to it without a record, first or second in turns, in one warm worker that has all
+cores; the record is the product's own, with its curve and the machine's metrics. A job waits for no record: it writes
+its curve to a file, which the stage's process reads. So a record slows it by what it takes of the same cores, and no
+more: `taken` is the CPU-seconds that the stage's process used during the job (the slow and the failing server, which
+run in it, among them), less those without a record, and `server` those of MLflow's server likewise, both as shares of
+the job's own. `clock` is the time of the job by the clock over that without a record, as a check: it is as good as the
+machine is quiet, and stays in the JSON. `end` is what the stage then waits for: until it knows MLflow's id, and until
+it has closed the record. Needs the pack of the row's dataset (`dvc repro prepare@scenes`) and an idle machine. Writes
+benchmarks/record.json and the table benchmarks/record.md.
 """
 
 from __future__ import annotations
@@ -29,17 +34,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import described
+from machine import cpu_of, described, table
 
 from flows import rows, workspace
 from flows.workers import Workers, wait_until
 from mim_core.cores import cores
 
 SLOW_SECONDS = 5.0
+Pair = tuple[dict[str, float], dict[str, float]]
+"""What a training took with a record and, next to it, without."""
 
 
 def main() -> None:
-    """Time all in turns and print the medians of the rounds' ratios to no record."""
+    """Train with each beside no record, and write the table after each round."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("row")
     parser.add_argument("--epochs", type=float, default=3)
@@ -47,51 +54,63 @@ def main() -> None:
     given = parser.parse_args()
     found = rows.find(rows.load(), ("pretrain",), given.row)
     row = {**found, "optim": {**found["optim"], "epochs": given.epochs}}
-    taken: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as home, server(Path(home)) as healthy:
+    taken: dict[str, list[Pair]] = {}
+    with tempfile.TemporaryDirectory() as home, server(Path(home)) as (healthy, pid):
         os.environ["UNMASK_HOME"] = home
         with gate(healthy, SLOW_SECONDS) as slow, gate(None, 0.0) as failing:
-            ways = {"no record": "", "healthy": healthy, "slow": slow, "500": failing, "dead": "http://127.0.0.1:9"}
+            ways = {"healthy": healthy, "slow": slow, "500": failing, "dead": "http://127.0.0.1:9"}
             workers = Workers(1, cores(), "benchmark", [])
             try:
-                train(workers, row, "", 0)  # the worker imports torch meanwhile
+                train(workers, row, healthy, 0, pid)  # what is imported at first use is no part of the rounds
                 for turn in range(given.rounds):
-                    for way in list(ways) if turn % 2 == 0 else list(ways)[::-1]:
-                        taken.setdefault(way, []).append(train(workers, row, ways[way], turn))
-                        said = taken[way][-1]
-                        print(
-                            f"round {turn + 1}: {way:10} {said['training']:7.2f} s, end {said['end']:6.2f} s",
-                            flush=True,
-                        )
+                    for index, (way, address) in enumerate(ways.items()):
+                        order = ("", address) if (turn + index) % 2 else (address, "")
+                        pair = {bool(one): train(workers, row, one, turn, pid) for one in order}
+                        taken.setdefault(way, []).append((pair[True], pair[False]))
+                        for with_record, said in pair.items():
+                            told = ", ".join(f"{key} {value:.2f} s" for key, value in said.items())
+                            print(f"round {turn + 1}: {way if with_record else 'no record':10} {told}", flush=True)
                     write(given, taken)
             finally:
                 workers.stop()
 
 
-def write(given: argparse.Namespace, taken: dict[str, list[dict[str, float]]]) -> None:
-    """Write what the whole rounds gave, and print the ratios."""
-    first = [one["training"] for one in taken["no record"]]
-    ratios = {way: [a["training"] / b for a, b in zip(taken[way], first, strict=True)] for way in list(taken)[1:]}
-    said = {
-        "row": given.row,
-        "epochs": given.epochs,
-        "seconds": taken,
-        "ratio": {way: {"median": statistics.median(one), "rounds": one} for way, one in ratios.items()},
-        "machine": described(torch.device("cpu")),
+def write(given: argparse.Namespace, taken: dict[str, list[Pair]]) -> None:
+    """Write what the rounds gave so far, and print the table."""
+    shares = {
+        way: [
+            {
+                "taken": (one["stage"] - alone["stage"]) / one["job"],
+                "server": (one["server"] - alone["server"]) / one["job"],
+                "clock": one["training"] / alone["training"],
+                "end": one["end"],
+            }
+            for one, alone in pairs
+        ]
+        for way, pairs in taken.items()
     }
-    workspace.write_json(Path(__file__).with_suffix(".json"), said)
-    for way, one in ratios.items():
-        print(f"{way} / no record: {statistics.median(one):.3f} (rounds {', '.join(f'{r:.3f}' for r in one)})")
+    about = {"row": given.row, "epochs": given.epochs, "machine": described(torch.device("cpu"))}
+    path = Path(__file__).with_suffix(".json")
+    workspace.write_json(path, {**about, "seconds": taken, "shares": shares})
+    head = ["MLflow's server", "taken by the record", "by the server", "wait at the end"]
+    lines = []
+    for way, rounds in shares.items():
+        middle = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+        most = max(one["taken"] for one in rounds)
+        taken_by_it = f"{middle['taken']:.2%} (at most {most:.2%})"
+        lines.append([way, taken_by_it, f"{max(0, middle['server']):.1%}", f"{middle['end']:.0f} s"])
+    path.with_suffix(".md").write_text(table(head, lines))
+    print(table(head, lines))
 
 
-def train(workers: Workers, row: dict[str, Any], address: str, turn: int) -> dict[str, float]:
+def train(workers: Workers, row: dict[str, Any], address: str, turn: int, server: int) -> dict[str, float]:
     """Train from nothing as a stage does, with MLflow at an address, or without a record."""
     from flows.tracking import Record
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         record, curve = None, None
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), cpu(workers, server)
         if address:
             os.environ["MLFLOW_TRACKING_URI"] = address
             data = {"name": row["data"], "md5": "0" * 32}
@@ -100,7 +119,7 @@ def train(workers: Workers, row: dict[str, Any], address: str, turn: int) -> dic
         pack = str(workspace.pack_folder(row["data"]))
         job = {"kind": "pretrain", "row": row, "pack": pack, "folder": str(folder / "job"), "seed": 0, "fitted": None}
         result = workers.run(job, curve.add if curve else lambda lines: None)
-        trained = time.perf_counter()
+        trained, after = time.perf_counter(), cpu(workers, server)
         if record and curve:
             curve.finish(result)
             record.known(record.parent)
@@ -109,12 +128,19 @@ def train(workers: Workers, row: dict[str, Any], address: str, turn: int) -> dic
         if record:
             record.spool.thread.join()
             shutil.rmtree(workspace.home() / "spool", ignore_errors=True)  # or the next record would send it
-        return {"training": trained - begun, "end": ended - trained}
+        used = {who: after[who] - before[who] for who in after}
+        return {**used, "training": trained - begun, "end": ended - trained}
+
+
+def cpu(workers: Workers, server: int) -> dict[str, float]:
+    """CPU-seconds so far: the workers', which do the jobs, this process's and those of MLflow's server."""
+    jobs = sum(cpu_of(worker.process.pid) for worker in workers.all)
+    return {"job": jobs, "stage": time.process_time(), "server": cpu_of(server)}
 
 
 @contextmanager
-def server(home: Path) -> Iterator[str]:
-    """MLflow's server."""
+def server(home: Path) -> Iterator[tuple[str, int]]:
+    """MLflow's server: its address and process id."""
     (home / "mlflow").mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as probe:
         port = probe.server_port
@@ -131,7 +157,7 @@ def server(home: Path) -> Iterator[str]:
     try:
         if not wait_until(answers, 180):
             sys.exit(f"MLflow's server did not start: {(home / 'log').read_text()}")
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.terminate()
         process.wait(30)
