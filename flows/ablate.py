@@ -17,7 +17,7 @@ from flows import ablations, figures, rows, strips, workspace
 from flows.downstream import check_labels
 from flows.points import PIXELS, Laboratory, Measured, each
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, command, died, picture_address, published, shown
+from flows.stage import Stage, artifact_key, begun, command, died, picture_address, published, shown
 from flows.workers import JobDiedError, JobFailedError, Watch, Workers, slots
 from mim_core.cores import cores
 from mim_core.files import read_curve
@@ -241,7 +241,7 @@ def axis_curves(stage: Stage, points: Sequence[Point]) -> dict[str, dict[int, fl
 @flow(name="ablate", flow_run_name="ablate {name}", task_runner=ThreadPoolTaskRunner(max_workers=slots()))  # type: ignore[arg-type]
 def ablate(name: str) -> None:
     """Run one row of params/ablations.yaml; points go on side by side, one a slot of the machine."""
-    stage = checked(name)
+    stage = begun(checked, name)
     with stage.alone():
         _ablate(stage)
         stage.close()

@@ -17,7 +17,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import rows, workspace
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, command, died, encoder_of, picture_address, shown, write_curves
+from flows.stage import Stage, artifact_key, begun, command, died, encoder_of, picture_address, shown, write_curves
 from flows.workers import Workers, slots
 from mim_core.cores import cores
 
@@ -169,7 +169,7 @@ def show(
 @flow(name="downstream", flow_run_name="downstream {row}", task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]
 def downstream(row: str) -> None:
     """Judge one row of params/downstream.yaml."""
-    stage = checked(row)
+    stage = begun(checked, row)
     with stage.alone():
         _downstream(stage)
         stage.close()

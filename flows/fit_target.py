@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.stage import Stage, command
+from flows.stage import Stage, begun, command
 from flows.training import Training, run
 
 FITTING = Training(
@@ -27,7 +27,7 @@ def checked(row: str) -> Stage:
 @flow(name="fit_target", flow_run_name="fit_target {row}")
 def fit_target(row: str) -> None:
     """Fit one row of params/targets.yaml."""
-    run(checked(row), FITTING)
+    run(begun(checked, row), FITTING)
 
 
 if __name__ == "__main__":

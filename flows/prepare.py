@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import workspace
 from flows.progress import Bar
-from flows.stage import Stage, artifact_key, command, shown
+from flows.stage import Stage, artifact_key, begun, command, shown
 from mim_core.cores import cores
 
 
@@ -44,11 +44,11 @@ def checked(dataset: str) -> Stage:
 @flow(name="prepare", flow_run_name="prepare {dataset}")
 def prepare(dataset: str) -> None:
     """Decode data/<dataset> into packs/<dataset>."""
-    stage = checked(dataset)
-    begun = time.time()
+    stage = begun(checked, dataset)
+    since = time.time()
     with stage.alone():
         write_pack(stage)
-    stage.spans.append((begun, time.time()))
+    stage.spans.append((since, time.time()))
     meta = json.loads((stage.pack / "meta.json").read_text())
     counts = "\n".join(f"| {split} | {count} |" for split, count in meta["counts"].items())
     text = (

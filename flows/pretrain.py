@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows import rows
-from flows.stage import Stage, command, tokenizer_of
+from flows.stage import Stage, begun, command, tokenizer_of
 from flows.training import Training, run
 
 PRETRAINING = Training(
@@ -31,7 +31,7 @@ def checked(row: str) -> Stage:
 @flow(name="pretrain", flow_run_name="pretrain {row}")
 def pretrain(row: str) -> None:
     """Pretrain one row of params/pretrain.yaml."""
-    stage = checked(row)
+    stage = begun(checked, row)
     run(stage, PRETRAINING, fitted=str(stage.start.file) if stage.start else None)
 
 

@@ -25,7 +25,7 @@ from flows import figures_search, rows, searches, warm, workspace
 from flows.downstream import check_labels
 from flows.points import Laboratory, Measured, each
 from flows.spaces import Row, Space, tokenizers
-from flows.stage import Stage, artifact_key, command, picture_address, published, shown
+from flows.stage import Stage, artifact_key, begun, command, picture_address, published, shown
 from flows.study import COMPLETE, DEFAULT, FAIL, HOUR, PRUNED, Course, Ongoing
 from flows.workers import JobDiedError, StoppedError, Watch, Workers, slots
 from mim_core.cores import cores
@@ -329,7 +329,7 @@ def show(bench: Bench, found: searches.Search) -> None:
 @flow(name="search", flow_run_name="search {name}", task_runner=ThreadPoolTaskRunner(max_workers=slots()))  # type: ignore[arg-type]
 def search(name: str) -> None:
     """Run one row of params/search.yaml; trials go on side by side, one a slot of the machine."""
-    stage = checked(name)
+    stage = begun(checked, name)
     (judge,) = rows.judges("search", name).values()
     key = study_key(stage, judge)
     state = workspace.home() / "optuna" / f"{name}-{key[:12]}"

@@ -27,6 +27,8 @@ from mim_core.locks import HeldError, held
 
 _over = threading.Event()
 """This process's stage has come to its end."""
+_checked: list[Stage] = []
+"""What `command` has checked, until its flow begins with it."""
 
 
 @dataclass(frozen=True)
@@ -218,12 +220,19 @@ def command(name: str, check: Callable[[str], Stage], run: Callable[[str], objec
         raise SystemExit(f"usage: python -m flows.{name} ROW")
     with interruptible(f"{name} {sys.argv[1]}"):
         try:
-            with check(sys.argv[1]).alone():
+            stage = check(sys.argv[1])
+            with stage.alone():
                 pass
+            _checked.append(stage)
             with outliving_prefect(f"{name} {sys.argv[1]}"):
                 run(sys.argv[1])
         except workspace.UserError as error:
             raise SystemExit(f"{name} {sys.argv[1]} cannot run:\n{error}") from None
+
+
+def begun(check: Callable[[str], Stage], row: str) -> Stage:
+    """A flow's stage: the one that `command` has checked, or, where Prefect runs the flow, one that is checked now."""
+    return _checked.pop() if _checked else check(row)
 
 
 @contextmanager

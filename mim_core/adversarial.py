@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from mim_core.blocks import begin_as_dcgan
 from mim_core.spec import Strict
 
 LAST_PX = 4
@@ -28,7 +29,7 @@ class Adversarial(Strict):
 
     weight: Annotated[float, Field(gt=0, lt=1)] = 0.001
     sees: Literal["hole", "image"] = "hole"
-    base: Annotated[int, Field(gt=0)] = 64
+    base: PositiveInt = 64
     """Channels of the critic's first layer."""
     lr: Annotated[float, Field(gt=0)] = 2.0e-4
 
@@ -53,11 +54,7 @@ class Critic(nn.Module):
             width = wider
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, LAST_PX))
         for module in self.layers:
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.02)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, 1.0, 0.02)
+            begin_as_dcgan(module)
 
     def forward(self, pictures: Float[Tensor, "b c H W"]) -> Float[Tensor, " b"]:
         scores: Tensor = self.layers(pictures)

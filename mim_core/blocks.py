@@ -1,4 +1,4 @@
-"""Parts of timm's transformers in quicker forms that give the same."""
+"""Parts of timm's transformers in quicker forms that give the same, and how parts of convolutional models begin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim_core.grid import chosen, patchify
 
@@ -68,3 +68,16 @@ def _scaled(block: Any, index: int) -> Any:
         gamma = getattr(block, f"gamma_{index}")
         return (lambda branch: branch) if gamma is None else (lambda branch: gamma * branch)
     return getattr(block, f"ls{index}")
+
+
+def begin_as_dcgan(part: nn.Module) -> None:
+    """Draw initial weights: N(0, 0.02) of convolutions, with biases 0, and N(1, 0.02) of batch norms; no other part's.
+
+    DCGAN's (Radford et al., ICLR 2016, section 3), as Context Encoder's code has them.
+    """
+    if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(part.weight, std=0.02)
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)
+    elif isinstance(part, nn.BatchNorm2d):
+        nn.init.normal_(part.weight, mean=1.0, std=0.02)

@@ -17,7 +17,7 @@ import numpy as np
 import scipy
 import torch
 from jaxtyping import Bool, Int, UInt8
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor
 
 from mim_core import philox
@@ -39,7 +39,6 @@ def _above_zero(value: tuple[float, float]) -> tuple[float, float]:
 
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 Shares = Annotated[Range, AfterValidator(_shares)]
-Whole = Annotated[int, Field(gt=0)]
 
 ATTEMPTS = 10
 """Failed draws in a row after which a mask made of blocks is left as it is."""
@@ -58,7 +57,9 @@ def _key(seed: int, epoch: Any, index: Any, stream: int) -> tuple[int, Any]:
     return seed << 8 | stream, epoch << 40 | index
 
 
-def random(rng: np.random.Generator, grid: Grid, *, ratio: Ratio = 0.6, unit_px: Whole = 32) -> Bool[np.ndarray, "h w"]:
+def random(
+    rng: np.random.Generator, grid: Grid, *, ratio: Ratio = 0.6, unit_px: PositiveInt = 32
+) -> Bool[np.ndarray, "h w"]:
     """Hide ceil(ratio * cells) cells of `unit_px` px, uniformly (SimMIM, section 3.2; its code rounds up).
 
     `ratio` is a share of the cells, so the share of hidden pixels is the next one that whole cells allow. Raises
@@ -73,7 +74,7 @@ def random(rng: np.random.Generator, grid: Grid, *, ratio: Ratio = 0.6, unit_px:
 
 
 def random_of(
-    addresses: Int[Tensor, "b 2"], grid: Grid, *, seed: int, ratio: Ratio = 0.6, unit_px: Whole = 32
+    addresses: Int[Tensor, "b 2"], grid: Grid, *, seed: int, ratio: Ratio = 0.6, unit_px: PositiveInt = 32
 ) -> Bool[Tensor, "b h w"]:
     """Give what `random` gives under `generator(seed, epoch, index)`, for many (epoch, index) at once where they are.
 
@@ -90,7 +91,9 @@ def random_of(
     return cells.reshape(-1, rows * unit, columns * unit)
 
 
-def square(rng: np.random.Generator, grid: Grid, *, ratio: Ratio = 0.6, unit_px: Whole = 32) -> Bool[np.ndarray, "h w"]:
+def square(
+    rng: np.random.Generator, grid: Grid, *, ratio: Ratio = 0.6, unit_px: PositiveInt = 32
+) -> Bool[np.ndarray, "h w"]:
     """Hide one square at a random place, in whole units of `unit_px` px (SimMIM, section 3.2: a movable region).
 
     Its side is the whole number of units that comes nearest to the share `ratio` of the area. Raises ValueError where
@@ -209,11 +212,11 @@ def block_wise(
     grid: Grid,
     *,
     ratio: Ratio | None = None,
-    count: Whole | None = None,
-    least: Whole = 16,
-    most: Whole | None = None,
+    count: PositiveInt | None = None,
+    least: PositiveInt = 16,
+    most: PositiveInt | None = None,
     aspect: Annotated[Range, AfterValidator(_above_zero)] = (0.3, 1 / 0.3),
-    unit_px: Whole | None = None,
+    unit_px: PositiveInt | None = None,
 ) -> Bool[np.ndarray, "h w"]:
     """Hide rectangles that may overlap, up to a wanted number of units (BEiT, algorithm 1, as in its released code).
 

@@ -18,10 +18,22 @@ from mim_core.data.pack import Pack, Split
 from mim_core.devices import Compute
 from mim_core.encoders import ENCODERS
 from mim_core.fills import FILLS
-from mim_core.grid import Grid, Wanted, chosen, entries_hidden, near, patchify, replaced, rows_at, rows_of, unpatchify
+from mim_core.grid import (
+    Entries,
+    Grid,
+    Wanted,
+    chosen,
+    entries_hidden,
+    near,
+    patchify,
+    replaced,
+    rows_at,
+    rows_of,
+    unpatchify,
+)
 from mim_core.heads import HEADS
 from mim_core.masks import generator
-from mim_core.spec import build
+from mim_core.spec import Piece, build
 from mim_core.targets import TARGETS
 from mim_core.transforms import Augment, normalise, place
 
@@ -332,10 +344,19 @@ def assemble(
     fitted = (tokenizer,) if "fitted" in row.target.params() else ()
     encoder = _named("encoder", lambda: build(ENCODERS, row.encoder, size, channels))
     target = _named("target", lambda: build(TARGETS, row.target, encoder.output, mean, std, *fitted))
-    fill = _named("fill", lambda: build(FILLS, row.fill, encoder.embed_width, encoder.grid, mean, std))
-    shape = getattr(encoder, "feature_shape", None)
-    head = _named("head", lambda: build(HEADS, row.head, encoder.width, encoder.output, target.entries, shape))
+    fill = _named("fill", lambda: fill_of(row.fill, encoder, mean, std))
+    head = _named("head", lambda: head_of(row.head, encoder, target.entries))
     return MaskedModel(encoder, fill, head), target
+
+
+def fill_of(piece: Piece, encoder: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
+    """Build the fill of an encoder's input; raises ValueError where they do not fit."""
+    return build(FILLS, piece, encoder.embed_width, encoder.grid, mean, std)
+
+
+def head_of(piece: Piece, encoder: Any, entries: Entries) -> Any:
+    """Build the head that predicts `entries` from an encoder's output; raises ValueError where they do not fit."""
+    return build(HEADS, piece, encoder.width, encoder.output, entries, getattr(encoder, "feature_shape", None))
 
 
 def _named(piece: str, make: Callable[[], Any]) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from mim_core.data.pack import Pack, Split, batched, label_budget
@@ -38,7 +38,7 @@ class Probing(Strict):
     end of training."""
 
     labels: Annotated[int, Field(gt=1)] = 1000
-    evaluations: Annotated[int, Field(gt=0)] = 4
+    evaluations: PositiveInt = 4
 
     def stride(self, steps: int, every: int) -> int:
         """Give the steps between two probes, a multiple of the steps between evaluations."""

@@ -134,7 +134,12 @@ BAD: list[tuple[str, str, Any, str]] = [
         {**VQ, "temperature": {"start": 1.0, "end": 0.1}},
         "vq.temperature: found one;* 'vq_small'*",
     ),
-    ("targets", "targets.codes.tokenizer.layers", 5, "codes.tokenizer: images are [32, 48] px;* stride 32"),
+    (
+        "targets",
+        "targets.codes.tokenizer.layers",
+        5,
+        "codes.tokenizer: stride: found 32 px a token;* 32 x 48 px; choose*",
+    ),
     ("targets", "targets.codes.least_perplexity", 99, "codes.least_perplexity: found 99;* 16 codes"),
     ("targets", "targets.codes.temperature", {"start": 1.0, "end": 0.0}, "codes.temperature: found 1.0 to 0.0;*"),
     ("pretrain", "pretrain.one.seed", -1, "seed: found -1; must be greater than or equal to 0"),

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from mim_core.data.pack import SPLITS, Sample, Source
 from mim_core.spec import Pair
@@ -28,16 +28,15 @@ MAIN_SHARE, CROWDED_SHARE, FURTHER_SHARE = (0.55, 0.9), (0.5, 0.65), (0.3, 0.42)
 """Side of a digit alone, of the main one among several, and of the others, as shares of the image's shorter side."""
 Place = tuple[int, int, int]
 """(top, left, side) of a digit in px."""
-Count = Annotated[int, Field(ge=0)]
 
 
 def scenes(
     root: Path,
     *,
     size_px: Pair = (32, 32),
-    train: Annotated[int, Field(gt=0)] = 12000,
-    validation: Count = 1000,
-    test: Count = 2000,
+    train: PositiveInt = 12000,
+    validation: NonNegativeInt = 1000,
+    test: NonNegativeInt = 2000,
     several: Annotated[float, Field(ge=0, le=1)] = 0.2,
     seed: int = 0,
 ) -> Source:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated
 
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from mim_core.blocks import begin_as_dcgan
 from mim_core.grid import Grid, Level, no_taps
 from mim_core.spec import Depth
-
-Count = Annotated[int, Field(gt=0)]
 
 
 class ConvNet(nn.Module):
@@ -110,9 +108,9 @@ class Conv(ConvNet):
         size: tuple[int, int],
         channels: int,
         *,
-        base: Count = 64,
+        base: PositiveInt = 64,
         layers: Depth = 5,
-        bottleneck: Count = 4000,
+        bottleneck: PositiveInt = 4000,
     ) -> None:
         """Build for images of `size` (height, width) px.
 
@@ -151,12 +149,10 @@ class Conv(ConvNet):
 
 
 def _stage(before: int, after: int, *, stride: int, padding: int, norm: bool) -> nn.Sequential:
-    conv = nn.Conv2d(before, after, 4, stride, padding)
-    nn.init.normal_(conv.weight, std=0.02)
-    # The published code zeroes these at every step; before a BatchNorm they have no effect.
-    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    parts: list[nn.Module] = [conv]
+    # The published code zeroes the convolutions' biases at every step; before a BatchNorm they have no effect.
+    parts: list[nn.Module] = [nn.Conv2d(before, after, 4, stride, padding)]
     if norm:
         parts.append(nn.BatchNorm2d(after))
-        nn.init.normal_(parts[-1].weight, 1.0, 0.02)  # type: ignore[arg-type]
+    for part in parts:
+        begin_as_dcgan(part)
     return nn.Sequential(*parts, nn.LeakyReLU(0.2))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
@@ -18,7 +18,6 @@ from mim_core.blocks import embed_patches
 from mim_core.grid import Grid, Level, no_taps
 from mim_core.spec import Counts
 
-Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -39,11 +38,11 @@ class Swin(nn.Module):
         size: tuple[int, int],
         channels: int,
         *,
-        patch_px: Count = 4,
-        width: Count = 128,
+        patch_px: PositiveInt = 4,
+        width: PositiveInt = 128,
         depths: Counts = (2, 2, 18, 2),
         heads: Counts = (4, 8, 16, 32),
-        window: Count = 7,
+        window: PositiveInt = 7,
         mlp_ratio: Annotated[float, Field(gt=0)] = 4.0,
         drop_path: Share = 0.0,
     ) -> None:

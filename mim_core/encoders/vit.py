@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from mim_core.grid import Grid, Level
 from mim_core.positions import sincos
 from mim_core.spec import Depth
 
-Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positions = Literal["learned", "sincos", "relative", "relative_per_block"]
 
@@ -55,10 +54,10 @@ class ViT(nn.Module):
         size: tuple[int, int],
         channels: int,
         *,
-        patch_px: Count = 16,
-        width: Count = 768,
+        patch_px: PositiveInt = 16,
+        width: PositiveInt = 768,
         depth: Depth = 12,
-        heads: Count = 12,
+        heads: PositiveInt = 12,
         mlp_ratio: Annotated[float, Field(gt=0)] = 4.0,
         positions: Positions = "learned",
         layer_scale: Annotated[float, Field(gt=0)] | None = None,

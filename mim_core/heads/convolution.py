@@ -9,10 +9,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from mim_core.blocks import begin_as_dcgan
 from mim_core.grid import Entries, Grid, Wanted, chosen, patchify
-from mim_core.heads.head import Count, Head, all_present
+from mim_core.heads.head import Head, all_present
 from mim_core.spec import Depth
 
 
@@ -41,7 +43,7 @@ class ChannelwiseDecoder(Head):
         entries: Entries,
         features: tuple[int, int] | None = None,
         *,
-        base: Count = 64,
+        base: PositiveInt = 64,
         layers: Depth | None = None,
         norm: Literal["batch", "none"] = "batch",
         final: Literal["none", "tanh"] = "none",
@@ -75,7 +77,7 @@ class ChannelwiseDecoder(Head):
             bias = plain or layer == layers
             stages.append(nn.ConvTranspose2d(into, out, 4, stride=2, padding=1, bias=bias))
         self.decoder = nn.Sequential(*first, *stages, nn.Tanh() if final == "tanh" else nn.Identity())
-        self.decoder.apply(_initialise)
+        self.decoder.apply(begin_as_dcgan)
 
     def forward(
         self,
@@ -107,13 +109,3 @@ class ChannelwiseLinear(nn.Module):
 
     def forward(self, maps: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         return torch.einsum("bdi,dij->bdj", maps.flatten(2), self.weight).reshape(maps.shape)
-
-
-def _initialise(module: nn.Module) -> None:
-    # The code's: N(0, 0.02) for convolutions, N(1, 0.02) for batch norms.
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, mean=1.0, std=0.02)

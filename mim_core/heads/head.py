@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 
 from mim_core.grid import Entries, Grid, Wanted
-
-Count = Annotated[int, Field(gt=0)]
 
 
 class Head(nn.Module):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from jaxtyping import Float, Int
+from pydantic import PositiveInt
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from mim_core.grid import Entries, Grid, Wanted, chosen
-from mim_core.heads.head import Count, Head, all_present, one_each
+from mim_core.heads.head import Head, all_present, one_each
 
 
 class Linear(Head):
@@ -59,7 +60,7 @@ class MLP(Linear):
         entries: Entries,
         features: tuple[int, int] | None = None,
         *,
-        hidden: Count | None = None,
+        hidden: PositiveInt | None = None,
     ) -> None:
         super().__init__(width, grid, entries, features)
         self.project = Mlp(width, hidden or width, entries.values)

@@ -7,12 +7,13 @@ import math
 
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import PositiveInt
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
 from mim_core.grid import Entries, Grid, Wanted, chosen
-from mim_core.heads.head import Count, Head, all_present, one_each
+from mim_core.heads.head import Head, all_present, one_each
 from mim_core.spec import Counts
 
 
@@ -36,10 +37,10 @@ class InverseSwin(Head):
         entries: Entries,
         features: tuple[int, int] | None = None,
         *,
-        width: Count,
+        width: PositiveInt,
         depths: Counts,
-        heads: Count,
-        window: Count,
+        heads: PositiveInt,
+        window: PositiveInt,
     ) -> None:
         super().__init__(encoder_width, grid, entries)
         one_each(grid, features)
@@ -98,10 +99,10 @@ class InverseSwinT(InverseSwin):
         entries: Entries,
         features: tuple[int, int] | None = None,
         *,
-        width: Count = 768,
+        width: PositiveInt = 768,
         depths: Counts = (2, 6, 2, 2),
-        heads: Count = 24,
-        window: Count = 7,
+        heads: PositiveInt = 24,
+        window: PositiveInt = 7,
     ) -> None:
         super().__init__(encoder_width, grid, entries, features, width=width, depths=depths, heads=heads, window=window)
 
@@ -116,10 +117,10 @@ class InverseSwinB(InverseSwin):
         entries: Entries,
         features: tuple[int, int] | None = None,
         *,
-        width: Count = 1024,
+        width: PositiveInt = 1024,
         depths: Counts = (2, 18, 2, 2),
-        heads: Count = 32,
-        window: Count = 7,
+        heads: PositiveInt = 32,
+        window: PositiveInt = 7,
     ) -> None:
         super().__init__(encoder_width, grid, entries, features, width=width, depths=depths, heads=heads, window=window)
 

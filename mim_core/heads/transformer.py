@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
 
 from mim_core.blocks import block_at
 from mim_core.grid import Entries, Grid, Wanted, chosen
-from mim_core.heads.head import Count, Head, one_each
+from mim_core.heads.head import Head, one_each
 from mim_core.positions import sincos
 from mim_core.spec import Depth
 
@@ -39,9 +39,9 @@ class TransformerDecoder(Head):
         entries: Entries,
         features: tuple[int, int] | None = None,
         *,
-        width: Count = 512,
+        width: PositiveInt = 512,
         depth: Depth = 8,
-        heads: Count = 16,
+        heads: PositiveInt = 16,
         mlp_ratio: Annotated[float, Field(gt=0)] = 4.0,
         init: Literal["timm", "xavier"] = "xavier",
     ) -> None:

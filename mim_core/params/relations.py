@@ -15,6 +15,7 @@ from torch import nn
 from mim_core.adversarial import Critic
 from mim_core.devices import Compute, unreal
 from mim_core.encoders import ENCODERS
+from mim_core.fit_target import token_grid
 from mim_core.losses import CLASS_LOSSES
 from mim_core.masks import MASKS, generator
 from mim_core.params.rows import DownstreamRow, FineTune, PretrainRow, TargetRow
@@ -110,8 +111,11 @@ def _fitting(row: TargetRow, size: tuple[int, int] | None) -> Iterator[str]:
             yield f"{key}: found one; the codes of '{row.tokenizer.name}' are not relaxed; delete this key"
     if row.least_perplexity > tokenizer.codes:
         yield f"least_perplexity: found {row.least_perplexity:g}; it may not exceed the {tokenizer.codes} codes"
-    if size and any(side % tokenizer.stride for side in size):
-        yield f"tokenizer: images are {list(size)} px; both must be multiples of its stride {tokenizer.stride}"
+    if size:
+        try:
+            token_grid(tokenizer, size)
+        except ValueError as error:
+            yield f"tokenizer: {error}"
 
 
 def _misplaced(section: str, name: str, row: PretrainRow, params: Params) -> list[str]:

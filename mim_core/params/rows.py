@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from mim_core.adversarial import Adversarial
 from mim_core.data.sources import SOURCES
@@ -25,7 +25,6 @@ from mim_core.transforms import Augment
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Whole = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -35,7 +34,7 @@ BETAS = (0.9, 0.999)
 class FineTune(Strict):
     """An optimiser under warm-up and a schedule; the rate comes from a grid."""
 
-    batch: Whole
+    batch: PositiveInt
     epochs: Annotated[float, Field(gt=0, le=1e6)]
     warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     warmup_from: Share = 0.0
@@ -73,7 +72,7 @@ class Optim(FineTune):
 
     lr: Positive | None = None
     base_lr: Positive | None = None
-    base_batch: Whole | None = None
+    base_batch: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _one_rate(self) -> Optim:
@@ -156,7 +155,7 @@ class PretrainRow(Strict):
     seed: Seed = 0
     precision: Precision = "auto"
     checkpoint_minutes: Positive = 1.0
-    devices: Whole = 1
+    devices: PositiveInt = 1
     """GPUs, or without any processes, that share each batch: what is trained is the same, up to rounding."""
 
     @model_validator(mode="after")
@@ -189,14 +188,14 @@ class DownstreamRow(Strict):
     data: str
     init: str
     encoder: Annotated[Piece, OneOf(ENCODERS)] | None = None
-    labels: Whole | None = None
+    labels: PositiveInt | None = None
     """Labelled training images; all of them where it is left out."""
     lr_grid: list[Positive] = Field(default_factory=list)
     """Learning rates to choose from, on validation images, with the first seed."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
     augment: Augment | None = None
     drop_path: Share = 0.0
-    window: Whole | None = None
+    window: PositiveInt | None = None
     """A Swin's window in patches where it is to be another than that it begins with (SimMIM: 6 at 192, 7 at 224 px)."""
     optim: FineTune | None = None
     """Left out, as is `lr_grid`, by a task that trains nothing."""
@@ -267,7 +266,7 @@ class Sampler(Strict):
     """What tries next; Optuna's, by its short name."""
 
     name: Literal["tpe", "gp", "random", "qmc"] = "tpe"
-    startup: Whole = 8
+    startup: PositiveInt = 8
     """Trials drawn at random before the sampler learns from them (tpe, gp)."""
 
 
@@ -280,7 +279,7 @@ class Pruner(Strict):
     name: Literal["asha", "hyperband", "none"] = "asha"
     reduction: Annotated[int, Field(ge=2)] = 3
     """One in so many trials goes on from each rung."""
-    labels: Whole = 1000
+    labels: PositiveInt = 1000
     """Labelled images that the probe learns from."""
     evaluations: Annotated[int, Field(ge=2)] = 4
     """Probes in a trial's pretraining, evenly spaced; rungs lie on them."""
@@ -316,7 +315,7 @@ class SearchRow(Strict):
     """A path to a range or to a list of values; or a name to several choices by label, each with its changes."""
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
-    trials: Whole
+    trials: PositiveInt
     budget_device_hours: Positive
     """What all of it may cost, the final comparison with it; the device is all of the machine, or one GPU."""
     seed: Seed = 0

@@ -14,7 +14,7 @@ from mim_core.encoders import ENCODERS
 from mim_core.fills import FILLS
 from mim_core.grid import Entries
 from mim_core.heads import HEADS
-from mim_core.pretext import MaskedModel
+from mim_core.pretext import MaskedModel, fill_of, head_of
 from mim_core.spec import OneOf, Piece, Strict, build
 from mim_core.tokenizers import TOKENIZERS
 
@@ -165,10 +165,9 @@ def _built(imported: Imported) -> dict[str, nn.Module]:
         encoder = built["encoder"] = build(ENCODERS, pieces.encoder, imported.size, channels)
         if pieces.fill:
             colours = imported.colours or halves(channels)
-            built["fill"] = build(FILLS, pieces.fill, encoder.embed_width, encoder.grid, *colours)
-        if pieces.head:
-            shape = getattr(encoder, "feature_shape", None)
-            built["head"] = build(HEADS, pieces.head, encoder.width, encoder.output, imported.entries, shape)
+            built["fill"] = fill_of(pieces.fill, encoder, *colours)
+        if pieces.head and imported.entries:
+            built["head"] = head_of(pieces.head, encoder, imported.entries)
     for name, module in built.items():
         _compare(module, imported.weights[name], name)
     return built

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from mim_core.grid import Entries, Grid, resize, unpatchify
 
-Px = Annotated[int, Field(gt=0)]
+Px = PositiveInt
 
 
 class Target(nn.Module):

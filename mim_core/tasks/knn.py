@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from mim_core.data.pack import Split
@@ -96,7 +96,7 @@ class Knn:
         facts: Facts,
         compute: Compute,
         *,
-        k: Annotated[int, Field(gt=0)] = 20,
+        k: PositiveInt = 20,
         temperature: Annotated[float, Field(gt=0)] = 0.07,
         blocks: Blocks = (-1,),
         pooling: Poolings = ("mean",),

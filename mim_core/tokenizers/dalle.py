@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from mim_core.spec import Depth
 
 EPSILON = 0.1
-Count = Annotated[int, Field(gt=0)]
 Codes = Annotated[int, Field(ge=2)]
 Likelihood = Literal["laplace", "l2"]
 

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from mim_core.tokenizers.dalle import Codes, Count, DiscreteVAE, Likelihood, centre, in_fp32
+from mim_core.tokenizers.dalle import Codes, DiscreteVAE, Likelihood, centre, in_fp32
 from mim_core.tokenizers.quantizer import Commitment, Decay, Quantizer, Usage, VectorQuantised
 
 Layers = Annotated[int, Field(gt=0, le=6)]
@@ -73,8 +73,8 @@ class SmallDVAE(DiscreteVAE):
         *,
         codes: Codes = 512,
         layers: Layers = 3,
-        width: Count = 64,
-        code_width: Count = 512,
+        width: PositiveInt = 64,
+        code_width: PositiveInt = 512,
         blocks: Blocks = 1,
         likelihood: Likelihood = "laplace",
     ) -> None:
@@ -114,7 +114,7 @@ class SmallVQ(VectorQuantised):
         *,
         codes: Codes = 512,
         layers: Layers = 3,
-        width: Count = 64,
+        width: PositiveInt = 64,
         code_width: Annotated[int, Field(ge=2)] = 32,
         blocks: Blocks = 1,
         decay: Decay = 0.99,

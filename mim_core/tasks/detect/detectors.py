@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -23,7 +23,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_pool
 from torchvision.ops.poolers import initLevelMapper
 
 from mim_core.spec import OneOf, Piece, Table, build
-from mim_core.tasks.detect.necks import Count, Maps
+from mim_core.tasks.detect.necks import Maps
 from mim_core.tasks.detect.proposals import PROPOSALS, AnyPiece, LearnedPiece, Share, fitting
 
 BoxHead = Literal["mlp", "convs"]
@@ -71,13 +71,13 @@ def faster_rcnn(
     *,
     proposals: LearnedPiece = "rpn",  # type: ignore[assignment]
     head: BoxHead = "mlp",
-    width: Count = 1024,
-    cells: Count = 7,
-    sampled: Count | None = None,
+    width: PositiveInt = 1024,
+    cells: PositiveInt = 7,
+    sampled: PositiveInt | None = None,
     positive: Share = 0.25,
     least_score: Annotated[float, Field(ge=0, lt=1)] = 0.05,
     overlap: Share = 0.5,
-    most: Count = 100,
+    most: PositiveInt = 100,
 ) -> Parts:
     """Faster R-CNN (Ren et al., NIPS 2015), in the form of Lin et al., CVPR 2017, on any number of maps.
 
@@ -101,16 +101,16 @@ def mask_rcnn(
     *,
     proposals: LearnedPiece = "rpn",  # type: ignore[assignment]
     head: BoxHead = "mlp",
-    width: Count = 1024,
-    cells: Count = 7,
-    sampled: Count | None = None,
+    width: PositiveInt = 1024,
+    cells: PositiveInt = 7,
+    sampled: PositiveInt | None = None,
     positive: Share = 0.25,
     least_score: Annotated[float, Field(ge=0, lt=1)] = 0.05,
     overlap: Share = 0.5,
-    most: Count = 100,
-    mask_width: Count = 256,
-    mask_convs: Count = 4,
-    mask_cells: Count = 14,
+    most: PositiveInt = 100,
+    mask_width: PositiveInt = 256,
+    mask_convs: PositiveInt = 4,
+    mask_cells: PositiveInt = 14,
 ) -> Parts:
     """Mask R-CNN (He et al., ICCV 2017): Faster R-CNN with a mask for each region.
 
@@ -144,14 +144,14 @@ def fast_rcnn(
     classes: int,
     *,
     proposals: AnyPiece = "rpn",  # type: ignore[assignment]
-    width: Count = 4096,
-    cells: Count = 6,
+    width: PositiveInt = 4096,
+    cells: PositiveInt = 6,
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
-    sampled: Count = 64,
+    sampled: PositiveInt = 64,
     positive: Share = 0.25,
     least_score: Annotated[float, Field(ge=0, lt=1)] = 0.05,
     overlap: Share = 0.3,
-    most: Count = 100,
+    most: PositiveInt = 100,
 ) -> Parts:
     """Fast R-CNN (Girshick, ICCV 2015) on one map: regions are max-pooled to `cells` x `cells` (AlexNet: 6), and judged
     by two layers of `width` with `dropout`, as AlexNet's fc6 and fc7, which here begin afresh.

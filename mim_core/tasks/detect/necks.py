@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PositiveInt
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
@@ -25,7 +25,6 @@ from mim_core.encoders.conv import ConvNet
 from mim_core.spec import OneOf, Piece, Table
 
 Maps = OrderedDict[str, Tensor]
-Count = Annotated[int, Field(gt=0)]
 Numbers = Annotated[
     tuple[Annotated[float, Field(gt=0)], ...],
     Field(min_length=1),
@@ -46,7 +45,7 @@ class SimplePyramid(nn.Module):
     """
 
     def __init__(
-        self, encoder: Any, size: tuple[int, int], *, scales: Numbers | None = None, width: Count = 256
+        self, encoder: Any, size: tuple[int, int], *, scales: Numbers | None = None, width: PositiveInt = 256
     ) -> None:
         super().__init__()
         level = encoder.levels()[-1]
@@ -77,7 +76,7 @@ class Fpn(nn.Module):
     Raises ValueError where the maps do not halve.
     """
 
-    def __init__(self, encoder: Any, size: tuple[int, int], *, width: Count = 256) -> None:
+    def __init__(self, encoder: Any, size: tuple[int, int], *, width: PositiveInt = 256) -> None:
         super().__init__()
         levels = encoder.levels()
         strides = [level.stride for level in levels]
@@ -103,7 +102,7 @@ class Single(nn.Module):
     Raises ValueError where there is no such map.
     """
 
-    def __init__(self, encoder: Any, size: tuple[int, int], *, level: Count | None = None) -> None:
+    def __init__(self, encoder: Any, size: tuple[int, int], *, level: PositiveInt | None = None) -> None:
         super().__init__()
         levels = encoder.levels()
         chosen = level or len(levels) - isinstance(encoder, AlexNet)  # its last is pool5

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from mim_core.spec import Depth, OneOf, Piece, Table
-from mim_core.tasks.detect.necks import Count, Maps, Numbers
+from mim_core.tasks.detect.necks import Maps, Numbers
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 PUBLISHED_PX = 800
@@ -56,9 +56,9 @@ def rpn(
     anchors_px: Numbers | None = None,
     ratios: Numbers = (0.5, 1.0, 2.0),
     convs: Depth = 1,
-    before: Count | None = None,
-    after: Count | None = None,
-    sampled: Count | None = None,
+    before: PositiveInt | None = None,
+    after: PositiveInt | None = None,
+    sampled: PositiveInt | None = None,
     overlap: Share = 0.7,
     positive: Share = 0.7,
     negative: Share = 0.3,

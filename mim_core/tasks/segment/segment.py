@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision import tv_tensors
@@ -40,7 +40,7 @@ AT_ONCE = 2**26
 """Logits that are computed at once in evaluation."""
 DRAWN = 12
 """Images that are drawn at most."""
-Tap = Annotated[int, Field(gt=0)]
+Tap = PositiveInt
 
 
 class Segmenter(nn.Module):

@@ -10,12 +10,12 @@ from itertools import pairwise
 from typing import Annotated, Literal
 
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from mim_core.grid import Level
 from mim_core.spec import Counts
-from mim_core.tasks.segment.heads.layers import ConvNorm, Count, Share, convolution, resize, scoring
+from mim_core.tasks.segment.heads.layers import ConvNorm, Share, convolution, resize, scoring
 
 
 class FCN(nn.Module):
@@ -38,7 +38,7 @@ class FCN(nn.Module):
         levels: Sequence[Level],
         classes: int,
         *,
-        hidden: Count = 256,
+        hidden: PositiveInt = 256,
         kernels: Counts = (3,),
         norm: Literal["batch", "none"] = "batch",
         dropout: Share = 0.1,

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from jaxtyping import Float
+from pydantic import PositiveInt
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from mim_core.grid import Level
-from mim_core.tasks.segment.heads.layers import ConvNorm, Count, resize, scoring
+from mim_core.tasks.segment.heads.layers import ConvNorm, resize, scoring
 
 
 class ProgressiveUpsampling(nn.Module):
@@ -25,7 +26,7 @@ class ProgressiveUpsampling(nn.Module):
     classes are scored before the last doubling. No doubling goes beyond the image.
     """
 
-    def __init__(self, levels: Sequence[Level], classes: int, *, hidden: Count = 256) -> None:
+    def __init__(self, levels: Sequence[Level], classes: int, *, hidden: PositiveInt = 256) -> None:
         super().__init__()
         width, stride = levels[-1].width, levels[-1].stride
         self.norm = LayerNorm2d(width, eps=1e-6)

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from mim_core.grid import Level
 from mim_core.spec import Counts
-from mim_core.tasks.segment.heads.layers import ConvNorm, Count, Share, resize, scoring
+from mim_core.tasks.segment.heads.layers import ConvNorm, Share, resize, scoring
 
 
 class UPerNet(nn.Module):
@@ -28,7 +29,7 @@ class UPerNet(nn.Module):
         levels: Sequence[Level],
         classes: int,
         *,
-        hidden: Count = 512,
+        hidden: PositiveInt = 512,
         pools: Counts = (1, 2, 3, 6),
         dropout: Share = 0.1,
     ) -> None:
