@@ -252,7 +252,7 @@ def outliving_prefect(what: str) -> Iterator[None]:
 
     Where it could not do its work without, the process ends with a message and exit code 75.
     """
-    from httpx import HTTPError
+    from httpx import HTTPError, HTTPStatusError
 
     try:
         yield
@@ -269,9 +269,12 @@ def outliving_prefect(what: str) -> Iterator[None]:
             own = own.__context__
         if own:
             raise own from None
+        refused = isinstance(error, HTTPStatusError) and error.response.status_code in (401, 403)
+        said = "lets nobody in without a password" if refused else "does not answer"
+        mend = "give it as PREFECT_API_AUTH_STRING=NAME:PASSWORD" if refused else "start the server again (`unmask up`)"
         print(
-            f"{what}: Prefect's server does not answer: {error}\nwhat was trained is kept; start the server again "
-            "(`unmask up`), and the same command goes on from there",
+            f"{what}: Prefect's server {said}: {str(error).splitlines()[0]}\n"
+            f"what was trained is kept; {mend}, and the same command goes on from there",
             file=sys.stderr,
         )
         sys.exit(75)

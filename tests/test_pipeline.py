@@ -9,8 +9,12 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +22,7 @@ from conftest import Clone, Line, make_clone, prefect
 from mlflow.tracking import MlflowClient
 
 from flows import workspace
-from flows.stage import Stage, encoder_of, tokenizer_of
+from flows.stage import Stage, begun, command, encoder_of, tokenizer_of
 
 pytestmark = [
     pytest.mark.orchestration,
@@ -374,6 +378,48 @@ def test_a_stage_runs_and_is_recorded_with_no_server_up(clone: Clone, served: Cl
     run = client.get_run(manifest(clone, "targets", "codes")["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} >= {"gallery.png", "manifest.json"}
+
+
+def test_a_prefect_server_behind_a_password_says_where_to_give_it(clone: Clone, served: Clone) -> None:
+    borrow(clone, served)
+
+    class Locked(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", 'Basic realm="unmask"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Locked) as locked:
+        threading.Thread(target=locked.serve_forever, daemon=True).start()
+        clone.environment["PREFECT_API_URL"] = f"http://127.0.0.1:{locked.server_port}/api"
+        said = clone.run(sys.executable, "-m", "flows.pretrain", "simmim_vit", fails=True)
+        locked.shutdown()
+    assert "lets nobody in without a password: Client error '401 Unauthorized'" in said
+    assert "PREFECT_API_AUTH_STRING=NAME:PASSWORD" in said
+    assert "Traceback" not in said
+    assert not (clone.folder / "runs").exists()
+
+
+def test_a_flow_begins_with_the_stage_that_its_command_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Any] = []
+
+    def check(row: str) -> Any:
+        checked.append(SimpleNamespace(row=row, alone=nullcontext))
+        return checked[-1]
+
+    monkeypatch.setattr(sys, "argv", ["flows.pretrain", "one"])
+    taken: list[Any] = []
+    command("pretrain", check, lambda row: taken.append(begun(check, row)))
+    assert taken == checked
+    assert len(checked) == 1
+    # As where Prefect retries the flow, or runs one of its own.
+    assert begun(check, "two") is checked[1]
 
 
 def test_missing_weights_name_the_command_that_makes_them(clone: Clone, served: Clone) -> None:
