@@ -91,7 +91,6 @@ class Stage:
     ) -> None:
         """Check rows, data and the weights to begin from before anything is done; raises UserError."""
         self.name, self.row, self.started = name, row, time.time()
-        janitor.begin()
         self.rows = rows.load()
         self.section = rows.section_of(self.rows, sections, row)
         self.params: dict[str, Any] = self.rows[self.section][row]
@@ -232,6 +231,7 @@ def command(name: str, check: Callable[[str], Stage], run: Callable[[str], objec
 
 def begun(check: Callable[[str], Stage], row: str) -> Stage:
     """A flow's stage: the one that `command` has checked, or, where Prefect runs the flow, one that is checked now."""
+    janitor.begin()
     return _checked.pop() if _checked else check(row)
 
 
