@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ for inherited in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "UNMASK_PREFECT_PORT
     os.environ.pop(inherited, None)
 # What commands in a clone inherit: not what `flows`, once imported here, settles for this process.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "UNMASK_HOME"}
+COLLECTED_AFTER = gc.get_threshold()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,6 +68,11 @@ def _text(file: str) -> str:
 
 def uses_served(nodeid: str) -> bool:
     return "served: Clone" in _text(nodeid.split("::")[0])
+
+
+def pytest_collection_finish() -> None:
+    # `flows`, once imported, collects seldom: what a test leaves open would show in another test, or after the last.
+    gc.set_threshold(*COLLECTED_AFTER)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
