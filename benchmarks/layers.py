@@ -69,14 +69,14 @@ def empty():
 empty()
 """
 RECORD = """
-import sys, pathlib, flows
+import sys, pathlib, time, flows
 from flows.tracking import Record
 import json
 folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True, exist_ok=True)
 record = Record("pretrain", "layers", folder, {"name": "scenes", "md5": "0"}, {"seed": 0})
 curve = record.child("layers seed 0", folder, {"seed": 0})
 for step in range(1, 33):
-    curve.add([{"step": step, "loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "images_per_s": 1.0}])
+    curve.add([{"step": step, "time": time.time(), "loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "images_per_s": 1.0}])
 curve.finish({"loss": 1.0})
 record.end(record.parent)
 """
