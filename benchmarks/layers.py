@@ -71,7 +71,6 @@ empty()
 RECORD = """
 import sys, pathlib, time, flows
 from flows.tracking import Record
-import json
 folder = pathlib.Path(sys.argv[1]); folder.mkdir(parents=True, exist_ok=True)
 record = Record("pretrain", "layers", folder, {"name": "scenes", "md5": "0"}, {"seed": 0})
 curve = record.child("layers seed 0", folder, {"seed": 0})

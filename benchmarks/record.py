@@ -1,6 +1,6 @@
 """Time the same small training while MLflow's server is healthy, slow, failing or dead, beside no record at all.
 
-    python benchmarks/record.py simmim_vit --epochs 0.25 --rounds 4
+    python benchmarks/record.py simmim_vit
 
 Each round trains with each, and next to it without a record, first or second in turns, in one warm worker that has all
 cores; the record is the product's own, with its curve and the machine's metrics. A job waits for no record: it writes
@@ -49,7 +49,7 @@ def main() -> None:
     """Train with each beside no record, and write the table after each round."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("row")
-    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--epochs", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=4)
     given = parser.parse_args()
     found = rows.find(rows.load(), ("pretrain",), given.row)

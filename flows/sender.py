@@ -167,7 +167,3 @@ def refused(error: Exception) -> bool:
         return error.error_code in REFUSALS
     certain = (FileNotFoundError, ValueError, TypeError, LookupError, AttributeError, ImportError)
     return isinstance(error, certain) and not isinstance(error, json.JSONDecodeError)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

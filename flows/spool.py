@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flows import workspace
-from flows.sender import Sender, first_line, refused
+from flows.sender import Sender, refused
 from flows.workers import wait_until
 from mim_core.files import write_atomically
 
@@ -81,7 +81,7 @@ class Tape:
             except Exception as error:
                 if not refused(error):
                     raise
-                operation["refused"] = first_line(error)
+                operation["refused"] = workspace.first_line(error)
                 with self.path.with_suffix(".refused").open("a") as file:
                     file.write(json.dumps(operation) + "\n")
             write_atomically(self.path.with_suffix(".at"), str(at))
@@ -175,7 +175,7 @@ class Spool:
                             return
                     self.fault, self.idle = "", True
                 except Exception as error:
-                    self.fault = first_line(error)
+                    self.fault = workspace.first_line(error)
                     self.tell("MLflow does not answer, its record is kept on disk meanwhile", self.fault)
                 if self.late or (self.ended and (self.fault or tape.at == os.fstat(self.file.fileno()).st_size)):
                     break

@@ -273,7 +273,7 @@ def outliving_prefect(what: str) -> Iterator[None]:
         said = "lets nobody in without a password" if refused else "does not answer"
         mend = "give it as PREFECT_API_AUTH_STRING=NAME:PASSWORD" if refused else "start the server again (`unmask up`)"
         print(
-            f"{what}: Prefect's server {said}: {str(error).splitlines()[0]}\n"
+            f"{what}: Prefect's server {said}: {workspace.first_line(error)}\n"
             f"what was trained is kept; {mend}, and the same command goes on from there",
             file=sys.stderr,
         )

@@ -518,7 +518,7 @@ def readable(address: str) -> Iterator[None]:
         yield
     except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
         hint = "; pip install 'unmask[pg]' brings its driver" if isinstance(error, ImportError) else ""
-        said = str(error.__cause__ or error).splitlines()[0]
+        said = workspace.first_line(error.__cause__ or error)
         raise workspace.UserError(f"{masked(address)}: the study's database does not open{hint} ({said})") from None
 
 

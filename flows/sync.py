@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from flows import spool, workspace
-from flows.sender import NAME, Sender, first_line, with_ids
+from flows.sender import NAME, Sender, with_ids
 
 WORDS = {"open": "runs", "metrics": "points", "file": "files", "tag": "tags", "end": "ends of runs"}
 WORDS |= {"register": "encoders", "compete": "models"}
@@ -59,7 +59,7 @@ def sync() -> None:
     except Exception as error:
         waiting = ", ".join(f"{spool.name_of(path)} ({spool.count(path)} operations)" for path in spool.left())
         raise workspace.UserError(
-            f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer: {first_line(error)}\n"
+            f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} does not answer: {workspace.first_line(error)}\n"
             f"what waits: {waiting or 'ids of runs'}; start its server (`unmask up`), then give the same command again"
         ) from error
     mended = {path: with_ids(text, {name: run for name, run in ids.items() if run}) for path, text in found.items()}

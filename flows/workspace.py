@@ -27,6 +27,11 @@ class UserError(Exception):
     """A fault the user can mend; the command line prints its message and no traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; its type's name where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 @cache
 def root() -> Path:
     """Find the repository: the nearest folder upwards that holds dvc.yaml and params/. Raises UserError."""

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 from conftest import Clone, Line, make_clone, prefect
+from httpx import ReadTimeout
 from mlflow.tracking import MlflowClient
 
 from flows import workspace
-from flows.stage import Stage, begun, command, encoder_of, tokenizer_of
+from flows.stage import Stage, begun, command, encoder_of, outliving_prefect, tokenizer_of
 
 pytestmark = [
     pytest.mark.orchestration,
@@ -404,6 +405,13 @@ def test_a_prefect_server_behind_a_password_says_where_to_give_it(clone: Clone, 
     assert "PREFECT_API_AUTH_STRING=NAME:PASSWORD" in said
     assert "Traceback" not in said
     assert not (clone.folder / "runs").exists()
+
+
+def test_an_error_of_prefects_client_that_says_nothing_is_told_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, outliving_prefect("pretrain one"):
+        raise ReadTimeout("")
+    assert ended.value.code == 75
+    assert "pretrain one: Prefect's server does not answer: ReadTimeout\n" in capsys.readouterr().err
 
 
 def test_a_flow_begins_with_the_stage_that_its_command_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from mim_core.adversarial import Adversarial
 from mim_core.data.sources import SOURCES
@@ -145,7 +145,7 @@ class PretrainRow(Strict):
         OneOf(
             LOSSES,
             scope=(Literal["hidden", "ring", "all"], "hidden"),
-            ring_px=(Annotated[int, Field(ge=0)], 0),
+            ring_px=(NonNegativeInt, 0),
             visible_weight=(Positive, 1.0),
         ),
     ]

@@ -166,7 +166,8 @@ def _built(imported: Imported) -> dict[str, nn.Module]:
         if pieces.fill:
             colours = imported.colours or halves(channels)
             built["fill"] = fill_of(pieces.fill, encoder, *colours)
-        if pieces.head and imported.entries:
+        if pieces.head:
+            assert imported.entries, "a head comes with what it predicts"
             built["head"] = head_of(pieces.head, encoder, imported.entries)
     for name, module in built.items():
         _compare(module, imported.weights[name], name)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Literal
 
 from jaxtyping import Float
-from pydantic import Field, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from mim_core.grid import Level
@@ -42,7 +42,7 @@ class FCN(nn.Module):
         kernels: Counts = (3,),
         norm: Literal["batch", "none"] = "batch",
         dropout: Share = 0.1,
-        skips: Annotated[int, Field(ge=0)] | None = None,
+        skips: NonNegativeInt | None = None,
     ) -> None:
         """Raises ValueError where there are fewer finer maps than `skips`."""
         super().__init__()
