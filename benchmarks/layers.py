@@ -191,6 +191,7 @@ def loop(turns: int, steps: int = 12) -> dict[str, Any]:
     row = load(ROOT / "params").pretrained()["simmim_vit"]
     device = torch.device("cpu")
     torch.set_num_threads(1)
+    devices.keep_freed_memory()  # as a job does
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pack = drawn_pack((32, 32), row.optim.batch, folder / "pack")

@@ -383,6 +383,7 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device(given.device)
     gains = devices.choose(given.device).bf16
+    devices.keep_freed_memory()  # as a job does; the peers gain by it as well
     precisions = given.precisions or (["fp32", "bf16"] if gains else ["fp32"])
     said: dict[str, Any] = {"device": given.device, "machine": described(device), "bf16": gains, "cases": {}}
     for name in given.cases or (GPU if given.device == "cuda" else CPU):

@@ -180,7 +180,9 @@ def _downstream(stage: Stage) -> None:
     workers = Workers(count, max(1, cores() // count), f"downstream-{row}", stage.spans)
     from flows.tracking import Record  # imported while the workers import torch
 
-    record = Record("downstream", row, stage.state, stage.data, stage.params)
+    # MLflow's page that compares arms begins with the first param by name in which they differ: that is which they are.
+    params = {"arm": row, **stage.params}
+    record = Record("downstream", row, stage.state, stage.data, params, score="test_score")
     rates, seeds = stage.params["lr_grid"] or [0.0], stage.params["seeds"]  # none where nothing is trained
     try:
         with workers, Bar(f"downstream {row}", len(rates) + len(seeds) - 1) as bar:

@@ -47,16 +47,20 @@ class Record:
         data: Mapping[str, str],
         params: Mapping[str, Any],
         watch: bool = True,
+        score: str = "",
     ) -> None:
         """Open the stage's parent run, or the one that `folder`, the stage's state, says is already there.
 
-        `watch` adds the machine's metrics (processor, memory, disk) to the run while it goes on.
+        `watch` adds the machine's metrics (processor, memory, disk) to the run while it goes on. `score` names the
+        metric that runs of this stage are compared by.
         """
         self.stage, self.row, self.data = stage, row, data
         self.open: set[str] = set()
         self.spool = Spool(f"{stage}-{row}")
         self.parent = ""
         self.parent = self._open(f"{stage} {row}", folder, params)
+        if score:
+            self._begin_with(score, self.parent)
         self.machine = Machine(self) if watch else None
 
     def known(self, value: Given, seconds: float = ID_SECONDS) -> Given:
@@ -83,12 +87,16 @@ class Record:
     ) -> Curve:
         """Open the run of a point, as `child` does, for a page that compares many.
 
-        MLflow's page begins with the first params that differ and the metric that was written first. So its params are
-        the few that tell points apart, the whole `row` is an artifact, and its score, nan so far, comes first.
+        MLflow's page begins with the first params that differ. So its params are the few that tell points apart, and
+        the whole `row` is an artifact.
         """
         run = self._open(name, folder, params, tags, row)
-        self.do("metrics", run, points=[(SCORE, math.nan, int(time.time() * 1000), 0)])
+        self._begin_with(SCORE, run)
         return Curve(self, run)
+
+    def _begin_with(self, score: str, run: str) -> None:
+        """Write a score, nan so far: MLflow's page that compares begins with the metric that was written first."""
+        self.do("metrics", run, points=[(score, math.nan, int(time.time() * 1000), 0)])
 
     def do(self, op: str, run: str, **what: Any) -> None:
         """Say something of a run, see `flows.sender`."""

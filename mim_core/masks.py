@@ -17,6 +17,7 @@ import numpy as np
 import scipy
 import torch
 from jaxtyping import Bool, Int, UInt8
+from numpy.random.bit_generator import ISeedSequence
 from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor
 
@@ -50,7 +51,20 @@ def generator(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.G
     Philox is counter-based, so its key is the address itself and nothing is drawn to make it. `stream` separates uses
     (0 masks, 1 augmentation, 2 order) so that changing one leaves the others' draws as they were.
     """
-    return np.random.Generator(np.random.Philox(key=np.array(_key(seed, epoch, index, stream), np.uint64)))
+    key: Any = _Address(_key(seed, epoch, index, stream))  # numpy takes any ISeedSequence; its stubs do not say so
+    return np.random.Generator(np.random.Philox(key))
+
+
+class _Address(ISeedSequence):  # type: ignore[misc]
+    """A key to begin from as it is: numpy's `key=` gives the same, but draws a seed from the system first, for longer
+    than all else takes.
+    """
+
+    def __init__(self, key: tuple[int, int]) -> None:
+        self.key = np.array(key, np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        return self.key
 
 
 def _key(seed: int, epoch: Any, index: Any, stream: int) -> tuple[int, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, Field
 from timm.data.auto_augment import rand_augment_transform
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -121,10 +121,10 @@ class Augment(Strict):
         """Crop and flip."""
         height, width = image.shape[-2:]
         top, left, h, w, flipped = self.placing(rng, height, width)
-        parts = (image, *beside)
         if (h, w) != (height, width):
-            parts = tuple(TF.resized_crop(one, top, left, h, w, [height, width], antialias=True) for one in parts)
-        return tuple(map(TF.horizontal_flip, parts)) if flipped else parts
+            image = _resized(image[:, top : top + h, left : left + w], height, width)
+            beside = tuple(TF.resized_crop(one, top, left, h, w, [height, width]) for one in beside)
+        return (image.flip(-1), *map(TF.horizontal_flip, beside)) if flipped else (image, *beside)
 
     def placing(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int, bool]:
         """Draw a crop (top, left, height, width) and whether it is flipped."""
@@ -156,6 +156,11 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
             np.random.set_state(of_numpy)
 
 
+def _resized(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize one uint8 image [c, h, w]: what torchvision's functional does, which takes as long to come to it."""
+    return nn.functional.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
 def _erased(image: Tensor) -> Tensor:
     """Put noise in a rectangle that torchvision draws; where none fits, nothing changes."""
     found = v2.RandomErasing(value="random").make_params([image])
@@ -171,14 +176,19 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Draw a crop (top, left, height, width) as torchvision's RandomResizedCrop does: ten tries, then the centre."""
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = height * width * _uniform(rng, *scale)
+        aspect = math.exp(_uniform(rng, math.log(ratio[0]), math.log(ratio[1])))
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < h <= height and 0 < w <= width:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
     w = min(width, round(height * ratio[1]))
     h = min(height, round(width / ratio[0]))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """Draw what `rng.uniform` does, which looks at what it is given for longer."""
+    return low + (high - low) * rng.random()
 
 
 def place(images: Tensor, boxes: Tensor) -> Tensor:

@@ -122,6 +122,10 @@ def test_another_process_draws_the_same_masks() -> None:
 
 def test_streams_of_one_address_differ() -> None:
     drawn = [generator(0, 0, 0, stream).random() for stream in range(3)]
+    # The key is the address itself, for any implementation of Philox.
+    of_numpy = [np.random.Generator(np.random.Philox(key=[7 << 8 | 2, 3 << 40 | 11])) for _ in range(2)]
+    assert generator(7, 3, 11, 2).random(9).tolist() == of_numpy[0].random(9).tolist()
+    assert generator(7, 3, 11, 2).integers(1000, size=9).tolist() == of_numpy[1].integers(1000, size=9).tolist()
     assert len(set(drawn)) == 3
 
 

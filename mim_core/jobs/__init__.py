@@ -35,6 +35,7 @@ from torch import distributed
 
 from mim_core import ranks
 from mim_core.data.pack import open_pack
+from mim_core.devices import keep_freed_memory
 from mim_core.jobs.downstream import downstream
 from mim_core.jobs.fit_target import fit_target
 from mim_core.jobs.launch import LostRankError, launch
@@ -62,6 +63,7 @@ def perform(job: Mapping[str, Any]) -> dict[str, Any]:
     """
     pack, folder, seed = open_pack(Path(job["pack"])), Path(job["folder"]), job["seed"]
     torch.set_num_threads(job["threads"])
+    keep_freed_memory()
     if job["kind"] == "pretrain":
         method = check(PretrainRow, job["row"], "row")
         if method.devices > 1 and ranks.count() == 1:
