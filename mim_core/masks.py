@@ -17,7 +17,6 @@ import numpy as np
 import scipy
 import torch
 from jaxtyping import Bool, Int, UInt8
-from numpy.random.bit_generator import ISeedSequence
 from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor
 
@@ -51,20 +50,24 @@ def generator(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.G
     Philox is counter-based, so its key is the address itself and nothing is drawn to make it. `stream` separates uses
     (0 masks, 1 augmentation, 2 order) so that changing one leaves the others' draws as they were.
     """
-    key: Any = _Address(_key(seed, epoch, index, stream))  # numpy takes any ISeedSequence; its stubs do not say so
-    return np.random.Generator(np.random.Philox(key))
+    return generators(seed, stream)(epoch, index)
 
 
-class _Address(ISeedSequence):  # type: ignore[misc]
-    """A key to begin from as it is: numpy's `key=` gives the same, but draws a seed from the system first, for longer
-    than all else takes.
+def generators(seed: int, stream: int = 0) -> Callable[[int, int], np.random.Generator]:
+    """Give `generator` for one (epoch, index) after the other.
+
+    What it gives is the same object, set anew: a sample's draws end before the next one's begin. To make one each time
+    takes longer than to draw from it.
     """
+    philox = np.random.Philox(key=0)
+    drawing, begin = np.random.Generator(philox), philox.state
 
-    def __init__(self, key: tuple[int, int]) -> None:
-        self.key = np.array(key, np.uint64)
+    def at(epoch: int, index: int) -> np.random.Generator:
+        begin["state"]["key"][:] = _key(seed, epoch, index, stream)
+        philox.state = begin
+        return drawing
 
-    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
-        return self.key
+    return at
 
 
 def _key(seed: int, epoch: Any, index: Any, stream: int) -> tuple[int, Any]:

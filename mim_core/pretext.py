@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mim_core import ranks
 from mim_core.adversarial import Critic
-from mim_core.data.order import Address, read_images
+from mim_core.data.order import Address, placings, read_images
 from mim_core.data.pack import Pack, Split
 from mim_core.devices import Compute
 from mim_core.encoders import ENCODERS
@@ -32,7 +32,7 @@ from mim_core.grid import (
     unpatchify,
 )
 from mim_core.heads import HEADS
-from mim_core.masks import generator
+from mim_core.masks import generators
 from mim_core.spec import Piece, build
 from mim_core.targets import TARGETS
 from mim_core.transforms import Augment, normalise, place
@@ -149,14 +149,13 @@ class MaskedFetch:
         images = read_images(self.split, addresses, None if left else self.augment, self.seed)
         hidden, boxes, drawn_by = None, None, None
         if self.mask:
-            drawn = [self.mask(generator(self.seed, *address), self.grid).reshape(-1) for address in addresses]
+            at = generators(self.seed)
+            drawn = [self.mask(at(*address), self.grid).reshape(-1) for address in addresses]
             hidden = torch.from_numpy(np.stack(drawn))
         else:
             drawn_by = torch.tensor(addresses, dtype=torch.int64)
         if left:
-            size = images.shape[-2:]
-            placed = [left.placing(generator(self.seed, *address, stream=1), *size) for address in addresses]
-            boxes = torch.tensor(placed, dtype=torch.int64)
+            boxes = torch.tensor(placings(left, addresses, self.seed, *images.shape[-2:]), dtype=torch.int64)
         return Masked(images, hidden, boxes, drawn_by)
 
 

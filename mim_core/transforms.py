@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, Field
 from timm.data.auto_augment import rand_augment_transform
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -62,6 +62,8 @@ def _rand_augment(chosen: RandAugment, side: int) -> Any:
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Crop = tuple[int, int, int, int, bool]
+"""A crop's top, left, height and width in px, and whether it is flipped."""
 
 
 class Augment(Strict):
@@ -120,14 +122,13 @@ class Augment(Strict):
     def _placed(self, rng: np.random.Generator, image: Tensor, *beside: Tensor) -> tuple[Tensor, ...]:
         """Crop and flip."""
         height, width = image.shape[-2:]
-        top, left, h, w, flipped = self.placing(rng, height, width)
+        crop = top, left, h, w, flipped = self.placing(rng, height, width)
         if (h, w) != (height, width):
-            image = _resized(image[:, top : top + h, left : left + w], height, width)
             beside = tuple(TF.resized_crop(one, top, left, h, w, [height, width]) for one in beside)
-        return (image.flip(-1), *map(TF.horizontal_flip, beside)) if flipped else (image, *beside)
+        return placed(image, crop), *(map(TF.horizontal_flip, beside) if flipped else beside)
 
-    def placing(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int, bool]:
-        """Draw a crop (top, left, height, width) and whether it is flipped."""
+    def placing(self, rng: np.random.Generator, height: int, width: int) -> Crop:
+        """Draw what is done to an image of so many px."""
         box = crop_box(rng, height, width, self.scale, self.ratio)
         return *box, bool(rng.random() < self.flip)
 
@@ -154,11 +155,6 @@ def seeded(rng: np.random.Generator) -> Iterator[None]:
         finally:
             random.setstate(of_python)
             np.random.set_state(of_numpy)
-
-
-def _resized(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize one uint8 image [c, h, w]: what torchvision's functional does, which takes as long to come to it."""
-    return nn.functional.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
 def _erased(image: Tensor) -> Tensor:
@@ -189,6 +185,18 @@ def crop_box(
 def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
     """Draw what `rng.uniform` does, which looks at what it is given for longer."""
     return low + (high - low) * rng.random()
+
+
+def placed(image: Tensor, crop: Crop) -> Tensor:
+    """Crop, resize and flip one uint8 image [c, H, W]; the size stays.
+
+    To the byte what torchvision's functions do, which take as long to come to it as the resize itself does.
+    """
+    (height, width), (top, left, h, w, flipped) = image.shape[-2:], crop
+    if (h, w) != (height, width):
+        part = image.narrow(1, top, h).narrow(2, left, w).unsqueeze(0)
+        image = torch.ops.aten._upsample_bilinear2d_aa.default(part, [height, width], False).squeeze(0)
+    return image.flip(-1) if flipped else image
 
 
 def place(images: Tensor, boxes: Tensor) -> Tensor:

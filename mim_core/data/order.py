@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mim_core.data.pack import Split
-from mim_core.masks import generator
-from mim_core.transforms import Augment
+from mim_core.masks import generator, generators
+from mim_core.transforms import Augment, Crop, placed
 
 Address = tuple[int, int]
 """(epoch, index of the image): what a sample's random draws are addressed by."""
@@ -58,10 +58,22 @@ def read_images(
 ) -> UInt8[Tensor, "b c H W"]:
     """Read a batch's images, each augmented by its own generator."""
     images = split.tensors([index for _, index in addresses])
-    if augment:
-        for image, (epoch, index) in zip(images, addresses, strict=True):
-            image.copy_(augment(image, generator(seed, epoch, index, stream=1)))
+    if augment and augment.only_places:
+        # All is drawn first: in turns with the resizing either would find the other's code in the processor's caches.
+        size = images.shape[-2:]
+        for image, crop in zip(images, placings(augment, addresses, seed, *size), strict=True):
+            image.copy_(placed(image, crop))
+    elif augment:
+        at = generators(seed, stream=1)
+        for image, address in zip(images, addresses, strict=True):
+            image.copy_(augment(image, at(*address)))
     return images
+
+
+def placings(augment: Augment, addresses: Sequence[Address], seed: int, height: int, width: int) -> list[Crop]:
+    """Draw how each of a batch's images is cropped and flipped."""
+    at = generators(seed, stream=1)
+    return [augment.placing(at(*address), height, width) for address in addresses]
 
 
 class Fetched(Dataset[Any]):
