@@ -6,8 +6,9 @@ Every pipeline gives batches under the same augmentation: a crop of 20 to 100 % 
 resized, flipped half of the time. Peers decode JPEG each time, at 64 px of 64 x 64 files and at 224 px of 500 x 375
 files; ours has decoded them once into a pack (short side 224, centre), and the time of that is given too. `ours` draws
 a mask for each image, which no peer does. `ours to uint8` is what a long run on a GPU takes: images, and the crop and
-flip that are drawn for each; the GPU does these, and draws the masks. Images are drawn: a slope, shapes and noise.
-Peers that are not installed are left out: `pip install datasets webdataset` in an environment of your own.
+flip that are drawn for each; the GPU does these, and draws the masks. `ours to uint8, as it is` draws no crop either.
+Images are drawn: a slope, shapes and noise. Peers that are not installed are left out: `pip install datasets
+webdataset` in an environment of your own.
 
 Writes benchmarks/loader.json and the table benchmarks/loader.md.
 """
@@ -148,7 +149,7 @@ def pack_of(folder: Path, size: int, out: Path) -> tuple[Pack, float]:
     return open_pack(out), time.process_time() - begun
 
 
-def ours(pack: Pack, size: int, augment: Augment, on_device: bool) -> Pipeline:
+def ours(pack: Pack, size: int, augment: Augment | None, on_device: bool) -> Pipeline:
     """The product's loader: of what a pretraining step takes."""
     images, passes = pack.split("train"), itertools.count()
     fetch = MaskedFetch(images, Grid(size, size, 16), None if on_device else random_mask, augment, 0, on_device)
@@ -168,6 +169,7 @@ def pipelines(folder: Path, size: int, temporary: Path) -> tuple[dict[str, Pipel
     found: dict[str, Pipeline] = {
         "ours": ours(pack, size, augment, on_device=False),
         "ours to uint8": ours(pack, size, augment, on_device=True),
+        "ours to uint8, as it is": ours(pack, size, None, on_device=True),
         "ImageFolder, v1": image_folder(folder, size, of_version_1(size)),
         "ImageFolder, v2 on PIL": image_folder(folder, size, of_version_2_pil(size)),
         "decode_image, v2 on tensors": image_folder(

@@ -16,10 +16,13 @@ Writes benchmarks/step.<device>.json and the table benchmarks/step.<device>.md.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -241,6 +244,9 @@ def peak_mib(make: Callable[[], Turn], device: torch.device) -> float:
     reading, writing = os.pipe()
     if not (child := os.fork()):
         try:
+            gc.collect()
+            if sys.platform == "linux":  # else what this process has freed and kept would be used again, uncounted
+                ctypes.CDLL(None).malloc_trim(0)
             before = _resident("VmRSS")
             make()(2)
             os.write(writing, f"{_resident('VmHWM') - before}".encode())
