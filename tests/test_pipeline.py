@@ -172,6 +172,14 @@ def test_runs_are_nested_and_curves_have_each_step_once(served: Clone) -> None:
         assert child.data.params["lr"] in {"0.001", "0.003"}
 
 
+def test_arms_are_told_apart_by_what_mlflows_page_that_compares_begins_with(served: Clone) -> None:
+    for arm in ("scratch_2000", "simmim_vit_2000"):
+        run = mlflow_client(served).get_run(manifest(served, "downstream", arm)["mlflow_run_id"])
+        assert next(iter(run.data.metrics)) == "test_score"
+        assert min(run.data.params) == "arm"
+        assert run.data.params["arm"] == arm
+
+
 def test_gallery_params_manifest_and_system_metrics_are_in_mlflow(served: Clone) -> None:
     client = mlflow_client(served)
     run = manifest(served, "pretrain", "simmim_vit")["mlflow_run_id"]
