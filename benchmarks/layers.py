@@ -76,7 +76,7 @@ record = Record("pretrain", "layers", folder, {"name": "scenes", "md5": "0"}, {"
 curve = record.child("layers seed 0", folder, {"seed": 0})
 for step in range(1, 33):
     curve.add([{"step": step, "time": time.time(), "loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "images_per_s": 1.0}])
-curve.finish({"loss": 1.0})
+curve.finish({"loss": 1.0, "steps": 32})
 record.end(record.parent)
 """
 
