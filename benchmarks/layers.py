@@ -33,6 +33,7 @@ import torch
 from machine import cpu_of, described, drawn_pack, table, timed
 
 from mim_core import devices
+from mim_core.cores import cores
 from mim_core.jobs.pretrain import begin
 from mim_core.jobs.run import Run
 from mim_core.masks import MASKS
@@ -152,7 +153,8 @@ def stages(rounds: int) -> dict[str, dict[str, list[float]]]:
 
         def job() -> None:
             work = {"kind": "pretrain", "row": params, "pack": "packs/scenes", "seed": 0, "fitted": None}
-            there.run(["-m", "mim_core.jobs"], json.dumps({**work, "folder": str(next(fresh)), "threads": 1}) + "\n")
+            given = {**work, "folder": str(next(fresh)), "threads": cores()}  # as in the flow: waiting threads take CPU
+            there.run(["-m", "mim_core.jobs"], json.dumps(given) + "\n")
 
         def flow() -> None:
             there.run(["-m", "flows.pretrain", ROW])
