@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from scipy import ndimage, stats
 
 from mim_core.grid import Grid
-from mim_core.masks import MASKS, MASKS_OF_MANY, OBJECT_MASKS, add_block, avg_distance, generator, random, unit_patches
+from mim_core.masks import (
+    MASKS,
+    MASKS_OF_MANY,
+    OBJECT_MASKS,
+    add_block,
+    avg_distance,
+    generator,
+    generators,
+    random,
+    unit_patches,
+)
 from mim_core.spec import OneOf, Piece, SpecError, Strict, bind, check
 
 PARITY = np.load(Path(__file__).parent / "parity" / "simmim_maskgen_stats.npz")
@@ -122,11 +132,16 @@ def test_another_process_draws_the_same_masks() -> None:
 
 def test_streams_of_one_address_differ() -> None:
     drawn = [generator(0, 0, 0, stream).random() for stream in range(3)]
-    # The key is the address itself, for any implementation of Philox.
-    of_numpy = [np.random.Generator(np.random.Philox(key=[7 << 8 | 2, 3 << 40 | 11])) for _ in range(2)]
-    assert generator(7, 3, 11, 2).random(9).tolist() == of_numpy[0].random(9).tolist()
-    assert generator(7, 3, 11, 2).integers(1000, size=9).tolist() == of_numpy[1].integers(1000, size=9).tolist()
     assert len(set(drawn)) == 3
+
+
+def test_a_generator_is_numpys_philox_of_the_address_whatever_was_drawn_before() -> None:
+    at = generators(7, stream=2)
+    at(0, 5).integers(10, size=3)  # leaves half of a word
+    for draws in (at(3, 11), generator(7, 3, 11, stream=2)):
+        of_numpy = np.random.Generator(np.random.Philox(key=[7 << 8 | 2, 3 << 40 | 11]))
+        assert draws.integers(1000, size=9).tolist() == of_numpy.integers(1000, size=9).tolist()
+        assert draws.random(9).tolist() == of_numpy.random(9).tolist()
 
 
 def published(setting: str) -> tuple[Grid, dict[str, Any], dict[str, float]]:
