@@ -23,7 +23,7 @@ def noise(seed: int, height: int = 40, width: int = 60) -> Image.Image:
 def scan(root: Path) -> tuple[dict[Path, tuple[int, int, int]], list[dict[str, str]]]:
     """The readable images with their shapes, and what is refused."""
     found = Found(root, "rgb")
-    return folders.scan(found), found.quarantined
+    return {record.path: record.shape for record in folders.scan(found)}, found.quarantined
 
 
 def refused(root: Path) -> dict[str, str]:
@@ -56,7 +56,8 @@ def test_copies_lie_in_one_split(tmp_path: Path) -> None:
     contents = {split: {paths[index].read_bytes() for index in indices} for split, indices in owned.items()}
     assert {split: len(found) for split, found in contents.items()} == {"train": 18, "validation": 6, "test": 6}
     assert sum(map(len, owned.values())) == 40
-    assert owned == share_out(marks, classes, 0.2, 0.2)
+    again = share_out(marks, classes, 0.2, 0.2)
+    assert all(np.array_equal(owned[split], again[split]) for split in owned)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def ade20k(
         at = root / "images" / folder
         if not at.is_dir():
             continue
-        found.records[kind] = []
+        records: list[Record] = []
+        found.records[kind] = records
         files = sorted(path for path in at.iterdir() if not path.name.startswith("."))
         for place, image in enumerate(files):
             missing.pop(image.stem, None)
@@ -67,7 +68,7 @@ def ade20k(
             label = names.index(scenes[image.stem]) if image.stem in scenes else -1
             semantic = functools.partial(_shifted, mask)
             record = Record(image, shape, frame, label=label, semantic=semantic, origin=(place,))
-            found.records[kind].append(record)
+            records.append(record)
         stems = {path.stem for path in files}
         for mask in sorted((root / "annotations" / folder).glob("*.png")):
             if mask.stem not in stems and not mask.name.startswith("."):

@@ -119,12 +119,12 @@ def _source(
     assert worst < len(classes), "files whose MD5 is right have labels within the classes"
     kept = {"train": range(len(images[0]))}
     owned = published_splits(kept, lambda index: digest(images[0][index].tobytes()), numbers[0], validation, 0.0)
-    owned["test"] = list(range(len(images[1])))
+    owned["test"] = np.arange(len(images[1]))
     placing = place((images[0].shape[2], images[0].shape[3]), size, fit)
 
     def samples(split: str) -> Iterator[Sample]:
         part = int(split == "test")
-        for index in owned[split]:
+        for index in owned[split].tolist():
             planes = images[part][index]
             if channels == "grey":
                 planes = np.asarray(Image.fromarray(planes.transpose(1, 2, 0)).convert("L"))[None]

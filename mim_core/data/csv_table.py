@@ -67,6 +67,7 @@ def csv_table(
     columns = set(good[0][0][1]) if good else set()
     names = {label for row, *_ in good for label in (*_several(row), row[1].get("label"))}
     classes = sorted(name for name in names if name)
+    records: dict[str, list[Record]] = {}
     for row, kind, record in good:
         presence = None
         if "labels" in columns:
@@ -74,7 +75,8 @@ def csv_table(
             presence = np.array([name in several if several else -1 for name in classes], np.int8)
         label = classes.index(row[1]["label"]) if row[1].get("label") else -1
         labelled = Record(record.path, record.shape, label=label, presence=presence, origin=record.origin)
-        found.records.setdefault(kind, []).append(labelled)
+        records.setdefault(kind, []).append(labelled)
+    found.records.update(records)
     annotations = [word for column, word in (("label", "labels"), ("labels", "presence")) if column in columns]
     return found.source(classes, annotations, size=size_px, fit=fit, validation=validation, test=test)
 

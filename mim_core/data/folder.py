@@ -7,10 +7,15 @@ begin with a point, which systems leave behind.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import overload
+
+import numpy as np
 
 from mim_core.data.fit import Fit
-from mim_core.data.images import Channels, RefusedError
+from mim_core.data.images import Channels
 from mim_core.data.pack import Source
 from mim_core.data.records import Found, Record
 from mim_core.data.splits import Share
@@ -34,30 +39,78 @@ def folder(
     readable image.
     """
     found = Found(root, channels)
-    readable = scan(found)
-    classes = sorted({path.relative_to(root).parts[0] for path in readable if path.parent != root})
-    found.files.update(readable)
-    found.records["train"] = [
-        Record(
-            path,
-            shape,
-            label=classes.index(path.relative_to(root).parts[0]) if path.parent != root else -1,
-            origin=(index,),
-        )
-        for index, (path, shape) in enumerate(readable.items())
-    ]
+    images = scan(found)
+    tops = [name.partition("/")[0] if "/" in name else "" for name in images.names]
+    classes = sorted({top for top in tops if top})
+    numbers = {"": -1, **{name: number for number, name in enumerate(classes)}}
+    images.labels[:] = [numbers[top] for top in tops]
+    found.records["train"] = images
     annotations = ("labels",) if classes else ()
-    return found.source(classes, annotations, size=size_px, fit=fit, validation=validation, test=test)
+    source = found.source(classes, annotations, size=size_px, fit=fit, validation=validation, test=test)
+    return replace(source, files=Paths(root, images.names))
 
 
-def scan(found: Found) -> dict[Path, tuple[int, int, int]]:
-    """Find the readable images of a dataset's folder, sorted, with their shapes [c, H, W]; the others are refused.
+@dataclass(frozen=True)
+class Paths(Sequence[Path]):
+    """Files by their names below a folder. A path takes several times the memory, and is made when it is asked for."""
 
-    Links are followed, and each real folder is read once, so that a link to a folder above ends.
+    root: Path
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> Paths: ...
+    def __getitem__(self, index: int | slice) -> Path | Paths:
+        if isinstance(index, slice):
+            return Paths(self.root, self.names[index])
+        return self.root / self.names[index]
+
+
+@dataclass(frozen=True)
+class Images(Sequence[Record]):
+    """The images of a folder, `names` from there; a record is made when it is asked for.
+
+    `shapes` [n, 3] (c, H, W), `marks` [n] (digests of the files) and `labels` [n] are theirs.
     """
-    paths: list[Path] = []
 
-    def refuse(path: str | Path, reason: object) -> None:
+    root: Path
+    names: Sequence[str]
+    shapes: np.ndarray
+    marks: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        channels, height, width = self.shapes[index].tolist()
+        return Record(
+            self.root / self.names[index],
+            (channels, height, width),
+            label=int(self.labels[index]),
+            origin=(range(len(self))[index],),
+            mark=bytes(self.marks[index]),
+        )
+
+
+def scan(found: Found) -> Images:
+    """Find the readable images of a dataset's folder, sorted by the parts of their names; the others are refused.
+
+    Links are followed, and each real folder is read once, so that a link to a folder above ends. Nothing has a label.
+    """
+    names: list[str] = []
+
+    def refuse(path: str, reason: object) -> None:
         name = os.fsencode(os.path.relpath(path, found.root)).decode(errors="backslashreplace")
         found.refuse(Path(name).as_posix(), reason)
 
@@ -74,31 +127,30 @@ def scan(found: Found) -> dict[Path, tuple[int, int, int]]:
         seen.add(real)
         # Real folders before links, so that a folder keeps its own name where a link to it stands beside it.
         folders[:] = sorted(visible(folders), key=lambda name: (os.path.islink(os.path.join(at, name)), name))
-        for path in (Path(at, name) for name in visible(files)):
-            if _is_utf8(path.relative_to(found.root)):
-                paths.append(path)
+        inside = Path(at).relative_to(found.root).as_posix()
+        for file in visible(files):
+            name = file if inside == "." else f"{inside}/{file}"
+            if _is_utf8(name):
+                names.append(name)
             else:
-                refuse(path, "the file's name is not UTF-8; rename it")
-    paths.sort()
-    found.look((path, None) for path in paths)
-    readable: dict[Path, tuple[int, int, int]] = {}
-    for path in paths:
-        shape = found.seen.pop((path, None))
-        if isinstance(shape, RefusedError):
-            refuse(path, shape)
-        else:
-            readable[path] = shape
+                refuse(os.path.join(at, file), "the file's name is not UTF-8; rename it")
+    names.sort(key=lambda name: name.replace("/", "\0"))  # no name has that, and it comes before all that one has
+    shapes, marks, reasons = found.looked(names, below=found.root)
+    for index, reason in reasons.items():
+        found.refuse(names[index], reason)
     found.quarantined.sort(key=lambda entry: entry["file"])
-    return readable
+    good = np.delete(np.arange(len(names)), list(reasons))
+    labels = np.full(len(good), -1, np.int64)
+    return Images(found.root, [names[index] for index in good], shapes[good], marks[good], labels)
 
 
 def visible(names: list[str]) -> list[str]:
     return [name for name in names if not name.startswith(".")]
 
 
-def _is_utf8(path: Path) -> bool:
+def _is_utf8(name: str) -> bool:
     try:
-        str(path).encode()
+        name.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from mim_core.data.fit import Fit, Placing, place
 from mim_core.data.images import Channels, RefusedError, decode
 from mim_core.data.pack import NOT_JUDGED, SPLITS, Sample, Source
-from mim_core.data.splits import Published, digest, published_splits
+from mim_core.data.splits import MARK, Published, digest, published_splits
 from mim_core.data.work import Arrays, current
 
 Map = Callable[[], np.ndarray]
@@ -38,6 +39,8 @@ class Record:
     instances: Map | None = None
     semantic: Map | None = None
     origin: tuple[int, ...] = ()
+    mark: bytes = b""
+    """The digest of its file, where it is known already."""
 
 
 class NoImagesError(ValueError):
@@ -54,12 +57,14 @@ class Found:
 
     root: Path
     channels: Channels
-    records: dict[str, list[Record]] = field(default_factory=dict)
+    records: dict[str, Sequence[Record]] = field(default_factory=dict)
     quarantined: list[dict[str, str]] = field(default_factory=list)
     files: set[Path] = field(default_factory=set)
     """What a copy of the dataset needs: annotations and every file that they name and that is there."""
     seen: dict[tuple[Path, Frame], tuple[int, int, int] | RefusedError] = field(default_factory=dict)
     marks: dict[Path, bytes] = field(default_factory=dict)
+    count: int = 0
+    """Files that were looked at."""
 
     def refuse(self, what: Path | str, reason: object) -> None:
         """List a file, or a place in one such as `labels.csv line 3`, with the reason why it is left out."""
@@ -75,15 +80,39 @@ class Found:
     def look(self, images: Iterable[tuple[Path, Frame]]) -> None:
         """Decode images that `shape` will be asked for, by several processes where that is worth it."""
         wanted = list(images)
-        pieces = [wanted[start : start + LOOK_IMAGES] for start in range(0, len(wanted), LOOK_IMAGES)]
-        arguments = (([str(path) for path, _ in one], [frame for _, frame in one], self.channels) for one in pieces)
+        shapes, marks, reasons = self.looked([str(path) for path, _ in wanted], [frame for _, frame in wanted])
+        for index, image in enumerate(wanted):
+            reason = reasons.get(index)
+            self.seen[image] = RefusedError(reason) if reason else tuple(shapes[index].tolist())
+            self.marks[image[0]] = bytes(marks[index])
+
+    def looked(
+        self, names: Sequence[str], frames: Sequence[Frame] | None = None, below: Path | str = ""
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Decode files: their shapes [n, 3], the digests of their bytes [n], and why those are refused that are.
+
+        `names` are theirs from the folder `below`; without `frames` they have none.
+        """
+        starts = range(0, len(names), LOOK_IMAGES)
+        counts = [min(LOOK_IMAGES, len(names) - start) for start in starts]
+        pieces = (
+            (
+                [os.path.join(below, name) for name in names[start : start + count]],
+                frames[start : start + count] if frames else [None] * count,
+                self.channels,
+            )
+            for start, count in zip(starts, counts, strict=True)
+        )
         # Sets of one dataset are looked at one after the other, each as work of its own.
-        name = f"read {len(self.marks)}" if self.marks else "read"
-        looked = current().map(name, _look, arguments, [len(one) for one in pieces])
-        for one, arrays in zip(pieces, looked, strict=True):
-            for image, shape, mark, reason in zip(one, *(arrays[name].tolist() for name in LOOKED), strict=True):
-                self.seen[image] = RefusedError(reason) if reason else tuple(shape)
-                self.marks[image[0]] = mark
+        name = f"read {self.count}" if self.count else "read"
+        self.count += len(names)
+        shapes, marks = np.zeros((len(names), 3), np.int32), np.zeros(len(names), MARK)
+        reasons: dict[int, str] = {}
+        for start, arrays in zip(starts, current().map(name, _look, pieces, counts), strict=True):
+            shapes[start : start + len(arrays["shapes"])] = arrays["shapes"]
+            marks[start : start + len(arrays["marks"])] = arrays["marks"]
+            reasons |= {start + index: reason for index, reason in enumerate(arrays["reasons"].tolist()) if reason}
+        return shapes, marks, reasons
 
     def shape(self, path: Path, frame: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """Decode an image for its shape [c, H, W], as reading will: a truncated file shows only here.
@@ -112,7 +141,9 @@ class Found:
     ) -> Source:
         """Make the source of all good images, fitted to one `size`. Raises NoImagesError where there is none."""
         self._agree()
-        records = [record for part in self.records.values() for record in part]
+        parts = list(self.records.values())
+        # One part stays what it is: a folder's makes its records only when they are asked for.
+        records = parts[0] if len(parts) == 1 else list(itertools.chain(*parts))
         if not records:
             raise NoImagesError(self.root, self.quarantined)
         published: Published = {}
@@ -120,16 +151,17 @@ class Found:
             start = sum(map(len, published.values()))
             published = {**published, name: range(start, start + len(part))}
         labels = [record.label for record in records]
-        owned = published_splits(published, lambda index: self._mark(records[index].path), labels, validation, test)
+        owned = published_splits(published, lambda index: self._mark(records[index]), labels, validation, test)
         channels = self.channels
 
         def samples(split: str) -> Iterator[Sample]:
-            return draw([records[index] for index in owned[split]], size, fit, channels)
+            return draw((records[index] for index in owned[split]), size, fit, channels)
 
         def rows(split: str, start: int, stop: int) -> Callable[[], Iterator[Sample]]:
             return functools.partial(draw, [records[index] for index in owned[split][start:stop]], size, fit, channels)
 
-        left_out = {split: sum(_left_out(records[index], size, fit) for index in owned[split]) for split in SPLITS}
+        boxed = owned if "boxes" in annotations else dict.fromkeys(SPLITS, ())
+        left_out = {split: sum(_left_out(records[index], size, fit) for index in boxed[split]) for split in SPLITS}
         return Source(
             classes,
             {split: len(owned[split]) for split in SPLITS},
@@ -142,9 +174,8 @@ class Found:
             rows=rows,
         )
 
-    def _mark(self, path: Path) -> str:
-        mark = self.marks.get(path)
-        return mark.hex() if mark else digest(path)
+    def _mark(self, record: Record) -> bytes:
+        return record.mark or self.marks.get(record.path) or digest(record.path)
 
     def _agree(self) -> None:
         """Keep the images with the most frequent number of channels: a pack has one."""
@@ -159,22 +190,19 @@ class Found:
             self.records[name] = [record for record in part if record.shape[0] == most]
 
 
-LOOKED = ("shapes", "marks", "reasons")
-
-
 def _look(names: Sequence[str], frames: Sequence[Frame], channels: Channels) -> Arrays:
     """Decode images: their shapes [n, 3], the hashes of their files' bytes, and why those are refused that are."""
-    shapes, marks, reasons = np.zeros((len(names), 3), np.int64), np.zeros(len(names), "V16"), [""] * len(names)
+    shapes, marks, reasons = np.zeros((len(names), 3), np.int64), np.zeros(len(names), MARK), [""] * len(names)
     for index, (name, frame) in enumerate(zip(names, frames, strict=True)):
         try:
             shapes[index] = decode(Path(name), channels, frame).shape
-            marks[index] = bytes.fromhex(digest(Path(name)))
+            marks[index] = digest(Path(name))
         except RefusedError as reason:
             reasons[index] = str(reason)
-    return dict(zip(LOOKED, (shapes, marks, np.array(reasons)), strict=True))
+    return {"shapes": shapes, "marks": marks, "reasons": np.array(reasons)}
 
 
-def draw(records: Sequence[Record], size: tuple[int, int], fit: Fit, channels: Channels) -> Iterator[Sample]:
+def draw(records: Iterable[Record], size: tuple[int, int], fit: Fit, channels: Channels) -> Iterator[Sample]:
     """Read images, fitted to one size."""
     for record in records:
         yield sample(record, place(record.shape[1:], size, fit), channels)

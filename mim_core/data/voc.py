@@ -71,7 +71,8 @@ def voc(
     _note(root, named, found)
     places = {name: place for place, name in enumerate(sorted({name for names in named.values() for name in names}))}
     for kind, names in named.items():
-        found.records[kind] = []
+        records: list[Record] = []
+        found.records[kind] = records
         for name in names:
             image = _image(root, name)
             try:
@@ -79,7 +80,7 @@ def voc(
             except RefusedError as reason:
                 found.refuse(image, reason)
             else:
-                found.records[kind].append(record)
+                records.append(record)
     segmented = lists == "segmentation"
     return found.source(
         list(classes),
