@@ -7,7 +7,7 @@ begin with a point, which systems leave behind.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
@@ -51,7 +51,7 @@ def folder(
 
 
 @dataclass(frozen=True)
-class Paths(Sequence[Path]):
+class Paths(Collection[Path]):
     """Files by their names below a folder. A path takes several times the memory, and is made when it is asked for."""
 
     root: Path
@@ -60,14 +60,11 @@ class Paths(Sequence[Path]):
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, index: int) -> Path: ...
-    @overload
-    def __getitem__(self, index: slice) -> Paths: ...
-    def __getitem__(self, index: int | slice) -> Path | Paths:
-        if isinstance(index, slice):
-            return Paths(self.root, self.names[index])
-        return self.root / self.names[index]
+    def __iter__(self) -> Iterator[Path]:
+        return (self.root / name for name in self.names)
+
+    def __contains__(self, path: object) -> bool:
+        return any(path == one for one in self)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ class Source:
     annotations: Sequence[str] = ()
     segments: list[str] = field(default_factory=list)
     left_out: Mapping[str, int] = field(default_factory=dict)
-    files: Sequence[Path] = ()
+    files: Collection[Path] = ()
     rows: Callable[[str, int, int], Callable[[], Iterable[Sample]]] | None = None
     """Draws a split's samples from one row up to another, by a function that pickles, so that several processes may
     draw, and a process draws on where another was killed. A source that draws only in order has none."""

@@ -19,7 +19,7 @@ from mim_core.data.pack import Pack, Split
 from mim_core.grid import Grid
 from mim_core.jobs.run import Run, about, player, result
 from mim_core.losses import LOSSES
-from mim_core.masks import MASKS, MASKS_OF_MANY, OBJECT_MASKS, avg_distance, generator, random
+from mim_core.masks import MASKS, MASKS_OF_MANY, OBJECT_MASKS, avg_distance, generator, generators, random
 from mim_core.metrics.pictures import hole_psnr
 from mim_core.optim import Player, adamw
 from mim_core.params import PretrainRow, TokenizerOf
@@ -97,7 +97,8 @@ def pretrain(
     head = about(row.encoder, pack)
     checkpoint.write_weights(folder / "encoder.safetensors", encoder.state_dict(), head)
     checkpoint.write_weights(folder / "model.safetensors", model.state_dict(), {"row": row.model_dump(mode="json")})
-    drawn = [mask(generator(seed, 0, index), encoder.grid) for index in range(MEASURED)]
+    at = generators(seed)
+    drawn = [mask(at(0, index), encoder.grid) for index in range(MEASURED)]
     # Where a mask hides all, no distance is defined.
     distances = [avg_distance(one, encoder.grid) for one in drawn if not one.all()]
     return {

@@ -17,7 +17,7 @@ from mim_core.devices import Compute, unreal
 from mim_core.encoders import ENCODERS
 from mim_core.fit_target import token_grid
 from mim_core.losses import CLASS_LOSSES
-from mim_core.masks import MASKS, generator
+from mim_core.masks import MASKS, generators
 from mim_core.params.rows import DownstreamRow, FineTune, PretrainRow, TargetRow
 from mim_core.pretext import assemble
 from mim_core.spec import Piece, bind, build, nearest, shown
@@ -141,7 +141,8 @@ def fits(row: PretrainRow, size: tuple[int, int], params: Params) -> list[str]:
     except ValueError as error:
         return [str(error)]
     try:
-        masks = [bind(MASKS, row.mask)(generator(0, 0, index), model.encoder.grid) for index in range(DRAWN)]
+        at, mask = generators(0), bind(MASKS, row.mask)
+        masks = [mask(at(0, index), model.encoder.grid) for index in range(DRAWN)]
     except ValueError as error:
         return [f"mask.{error}"]
     return list(_unfit(row, model, target, masks))

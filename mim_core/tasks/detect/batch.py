@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from mim_core.data.order import Address
 from mim_core.data.pack import CROWD, DIFFICULT, Split
-from mim_core.masks import generator
+from mim_core.masks import generators
 from mim_core.metrics.boxes import Truth, encode
 from mim_core.transforms import Augment
 
@@ -47,11 +47,12 @@ class BoxedFetch:
     visible: float
 
     def __call__(self, addresses: Sequence[Address]) -> Boxed:
-        images, targets = zip(*map(self._read, addresses), strict=True)
+        at = generators(self.seed, stream=1)
+        read = (self._read(index, at(epoch, index)) for epoch, index in addresses)
+        images, targets = zip(*read, strict=True)
         return Boxed(torch.stack(images), list(targets))
 
-    def _read(self, address: Address) -> tuple[Tensor, dict[str, Tensor]]:
-        epoch, index = address
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         image = self.split.tensor(index)
         rows, flags = self.split.objects(index)
         learned = np.flatnonzero(flags & (DIFFICULT | CROWD) == 0)
@@ -63,7 +64,6 @@ class BoxedFetch:
             # As numbers of 32 bits, since torch cannot resize unsigned ones of 16.
             beside.append(tv_tensors.Mask(torch.from_numpy(self.split.array("instances")[index].astype(np.int32))))
         if self.augment:
-            rng = generator(self.seed, epoch, index, stream=1)
             image, *beside = self.augment.jointly(rng, image, *beside)
         whole = beside[0].as_subclass(Tensor)
         left = torch.minimum(whole.clamp(min=0), whole.new_tensor([size[1], size[0]] * 2))

@@ -25,7 +25,7 @@ from mim_core.data.order import Address
 from mim_core.data.pack import NOT_JUDGED, Split, batched, semantic_map
 from mim_core.devices import Compute
 from mim_core.encoders.swin import Swin
-from mim_core.masks import generator
+from mim_core.masks import generators
 from mim_core.metrics.segments import confusion, ious, mean_accuracy, miou, pixel_accuracy
 from mim_core.spec import OneOf, Pair, Piece, build
 from mim_core.tasks.segment import sheet
@@ -106,11 +106,11 @@ class MappedFetch:
     window: tuple[int, int] | None = None
 
     def __call__(self, addresses: Sequence[Address]) -> Mapped:
-        pairs = [self._read(*address) for address in addresses]
+        at = generators(self.seed, stream=1)
+        pairs = [self._read(index, at(epoch, index)) for epoch, index in addresses]
         return Mapped(torch.stack([image for image, _ in pairs]), torch.stack([each for _, each in pairs]))
 
-    def _read(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        rng = generator(self.seed, epoch, index, stream=1)
+    def _read(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         image = self.split.tensor(index)
         semantic: Tensor = tv_tensors.Mask(_map(self.split, index)[None])
         if self.augment:
