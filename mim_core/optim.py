@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from timm.optim.lars import Lars
+from timm.optim.muon import zeropower_via_newtonschulz
 from torch import Tensor, nn
 
 
@@ -217,7 +218,7 @@ class Player:
     @property
     def records(self) -> bool:
         """Whether `update` may be recorded as a part of a CUDA graph."""
-        return isinstance(self.optimiser, torch.optim.AdamW) and self.average is None
+        return type(self.optimiser) is torch.optim.AdamW and self.average is None
 
     def record(self, on: bool = True) -> None:
         """Keep rates on the device, where a recorded update reads them, or as numbers again."""
@@ -264,16 +265,113 @@ def lars(
     Each matrix learns at trust * |w| / (|g| + weight_decay * |w|) of the rate, also where nothing is decayed; vectors
     learn at the rate itself. A matrix of zeros learns at the rate.
     """
-    parted = []
-    for group in groups:
-        for matrices in (True, False):
-            pairs = zip(group["params"], group["names"], strict=True)
-            kept = [(one, name) for one, name in pairs if (one.ndim > 1) == matrices]
-            if kept:
-                params, names = map(list, zip(*kept, strict=True))
-                parted.append({**group, "params": params, "names": names, "always_adapt": matrices})
+    parted = list(_parted(groups, lambda name, one: one.ndim > 1, "always_adapt"))
     optimiser: torch.optim.Optimizer = Lars(parted, lr=0.0, momentum=momentum, trust_coeff=trust)
     return optimiser
 
 
-OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw, "sgd": sgd, "lars": lars}
+class Muon(torch.optim.AdamW):
+    """Muon for the matrices of transformer blocks, AdamW for all else; see `muon`."""
+
+    ITERATION = (3.4445, -4.7750, 2.0315)
+    """Coefficients of X, X X' X and (X X')^2 X, as published."""
+
+    def __init__(
+        self, groups: Groups, betas: tuple[float, float], momentum: float, rms: float, iterations: int
+    ) -> None:
+        self.momentum, self.rms, self.iterations = momentum, rms, iterations
+        parted = list(_parted(groups, lambda name, one: of_a_block(name), "orthogonal"))
+        super().__init__(parted, lr=0.0, betas=betas, eps=1e-8, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Move the blocks' matrices, and leave to AdamW what then still has a gradient."""
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]] = {}
+        for group in self.param_groups:
+            if group["orthogonal"]:
+                for name, one in zip(group["names"], group["params"], strict=True):
+                    if one.grad is not None:
+                        self._gather(alike, name, one, group)
+        for (_, longer), moves in alike.items():
+            moved = torch.stack([update for update, _, _ in moves])
+            # The published bfloat16 is emulated on many CPUs, some hundred times slower.
+            kind = torch.bfloat16 if moved.is_cuda else moved.dtype
+            directions = zeropower_via_newtonschulz(moved, self.iterations, [self.ITERATION], dtype=kind)
+            for direction, (_, values, rate) in zip(directions.to(moved.dtype), moves, strict=True):
+                # A direction's entries have a root mean square of 1 / sqrt(longer side).
+                values.add_(direction, alpha=-rate * self.rms * math.sqrt(longer))
+        return super().step(closure)
+
+    def _gather(
+        self,
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor, float]]],
+        name: str,
+        one: Tensor,
+        group: dict[str, Any],
+    ) -> None:
+        """Decay a matrix, and put its update with those of its shape: they are made orthogonal together."""
+        assert one.grad is not None
+        state = self.state[one]
+        if not state:
+            # AdamW, which loads a checkpoint's state, wants to find a step.
+            state["step"], state["momentum"] = torch.zeros((), device=one.device), torch.zeros_like(one)
+        state["step"] += 1
+        momentum = state["momentum"].lerp_(one.grad, 1 - self.momentum)
+        update = one.grad.lerp(momentum, self.momentum)
+        one.grad = None
+        one.mul_(1 - group["lr"] * group["weight_decay"])
+        # Queries, keys and values are matrices of their own, kept as one.
+        parts = 3 if name.endswith("qkv.weight") else 1
+        for change, values in zip(update.chunk(parts), one.detach().chunk(parts), strict=True):
+            if change.shape[0] > change.shape[1]:
+                change, values = change.mT, values.mT
+            shape = (change.shape[0], change.shape[1])
+            alike.setdefault(shape, []).append((change, values, float(group["lr"])))
+
+
+def muon(
+    groups: Groups,
+    betas: tuple[float, float] = (0.9, 0.999),
+    *,
+    momentum: Momentum = 0.95,
+    rms: Annotated[float, Field(gt=0)] = 0.2,
+    iterations: Annotated[int, Field(ge=1, le=10)] = 5,
+) -> torch.optim.Optimizer:
+    """Muon (Jordan et al., 2024): a matrix moves by its Nesterov momentum with all singular values made nearly one.
+
+    For the matrices of attention and MLP in transformer blocks; all else (embeddings, heads, tokens, vectors) takes
+    AdamW's steps with `betas` at the same rate. The entries of a matrix's update have a root mean square of `rms` times
+    the rate, whatever its shape; 0.2 is about that of AdamW's (Liu et al., Muon is Scalable for LLM Training, 2025,
+    section 2.2). Newton-Schulz `iterations` bring singular values near one. Weight decay as AdamW's.
+    """
+    return Muon(groups, betas, momentum, rms, iterations)
+
+
+BLOCK = (".attn.qkv.weight", ".attn.proj.weight", ".mlp.fc1.weight", ".mlp.fc2.weight")
+"""How the names of the matrices of timm's transformer blocks end."""
+
+
+def of_a_block(name: str) -> bool:
+    """Whether a parameter is a matrix of attention or MLP in a transformer block."""
+    return f".{name}".endswith(BLOCK)
+
+
+def _parted(groups: Groups, chosen: Callable[[str, nn.Parameter], bool], key: str) -> Iterator[dict[str, Any]]:
+    """Part each group in two by what is chosen, which `key` of each then tells."""
+    for group in groups:
+        for held in (True, False):
+            pairs = zip(group["names"], group["params"], strict=True)
+            kept = [(name, one) for name, one in pairs if chosen(name, one) == held]
+            if kept:
+                names, params = map(list, zip(*kept, strict=True))
+                yield {**group, "params": params, "names": names, key: held}
+
+
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "sgd": sgd,
+    "lars": lars,
+    "muon": muon,
+}
+WITH_BETAS = {"adamw", "muon"}
+"""Optimisers that take AdamW's betas."""

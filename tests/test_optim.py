@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mim_core.optim import (
     cosine,
     lars,
     multistep,
+    of_a_block,
     param_groups,
     polynomial,
     sgd,
@@ -330,6 +332,90 @@ def test_sgd_is_heavy_ball_momentum_and_decays_matrices_only() -> None:
         torch.testing.assert_close(ours, wanted)
 
 
+class Block(nn.Module):
+    """What timm's transformer blocks call their matrices, which do not act here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.head = nn.Linear(width, 5)
+
+
+def block(width: int = 16) -> Block:
+    torch.manual_seed(0)
+    return Block(width)
+
+
+def nudge(model: nn.Module, step: int) -> None:
+    rng = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=rng)
+
+
+def moved_by_muon(**given: Any) -> dict[str, torch.Tensor]:
+    model = block()
+    groups = param_groups(model.named_parameters(), weight_decay=0.1)
+    player = Player(OPTIMISERS["muon"](groups, betas=(0.9, 0.95), **given), lambda step: 0.01 * (step + 1))
+    for step in range(3):
+        nudge(model, step)
+        player.step(step)
+    return dict(model.named_parameters())
+
+
+def test_muon_moves_the_matrices_of_blocks_as_torchs_own() -> None:
+    ours = moved_by_muon(momentum=0.9)
+    model = block()
+    peers = {name: parameter for name, parameter in model.named_parameters() if name.endswith("weight")}
+    del peers["head.weight"]
+    # Queries, keys and values are three matrices.
+    peers |= {f"{at}": nn.Parameter(part) for at, part in enumerate(peers.pop("attn.qkv.weight").detach().chunk(3))}
+    peer = torch.optim.Muon(
+        peers.values(), momentum=0.9, weight_decay=0.1, ns_steps=5, eps=1e-7, adjust_lr_fn="match_rms_adamw"
+    )
+    for step in range(3):
+        nudge(model, step)
+        grad = model.attn["qkv"].weight.grad
+        assert grad is not None
+        for at, part in enumerate(grad.chunk(3)):
+            peers[f"{at}"].grad = part
+        peer.param_groups[0]["lr"] = 0.01 * (step + 1)
+        peer.step()
+    wanted = {**peers, "attn.qkv.weight": torch.cat([peers[f"{at}"] for at in range(3)])}
+    began = dict(block().named_parameters())
+    for name in ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"):
+        ways = [one[name].detach() - began[name].detach() for one in (ours, wanted)]
+        # Torch's iterates in bfloat16.
+        assert (ways[0] - ways[1]).norm() < 0.03 * ways[1].norm(), name
+
+
+def test_muon_leaves_the_rest_to_adamw() -> None:
+    ours, model = moved_by_muon(), block()
+    player = Player(
+        adamw(param_groups(model.named_parameters(), weight_decay=0.1), (0.9, 0.95)), lambda step: 0.01 * (step + 1)
+    )
+    for step in range(3):
+        nudge(model, step)
+        player.step(step)
+    for name, wanted in model.named_parameters():
+        assert torch.equal(ours[name], wanted) != of_a_block(name), name
+
+
+def test_an_update_of_muon_has_equal_singular_values_and_the_size_asked_for() -> None:
+    model = block()
+    before = model.mlp["fc1"].weight.detach().clone()
+    groups = param_groups(model.named_parameters(), weight_decay=0.0)
+    player = Player(OPTIMISERS["muon"](groups, rms=0.5, iterations=8), lambda step: 0.1)
+    nudge(model, 0)
+    player.step(0)
+    change = (before - model.mlp["fc1"].weight.detach()) / 0.1
+    # The published iteration ends between 0.7 and 1.2, not at one.
+    singular = torch.linalg.svdvals(change) / (0.5 * math.sqrt(64))
+    assert singular.min() > 0.65
+    assert singular.max() < 1.25
+    assert change.square().mean().sqrt().item() == pytest.approx(0.5, rel=0.2)
+
+
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_every_optimiser_goes_on_from_its_state(name: str) -> None:
     def play(player: Player, weight: nn.Parameter, steps: range) -> None:
@@ -342,7 +428,8 @@ def test_every_optimiser_goes_on_from_its_state(name: str) -> None:
         nn.init.ones_(model.weight)
         average = Average(model, 0.5)
         average.begin()
-        groups = param_groups(model.named_parameters(), weight_decay=0.1)
+        # A name that muon takes for a matrix of a block.
+        groups = param_groups([("mlp.fc1.weight", model.weight)], weight_decay=0.1)
         return Player(OPTIMISERS[name](groups), lambda step: 0.1, None, average), model.weight, model
 
     whole, weight, _ = made()
@@ -398,7 +485,7 @@ TUNE = {"batch": 8, "epochs": 1}
         ({"optimiser": {"name": "lars", "trust": 0.0}}, r"optim\.optimiser\.trust: found 0\.0"),
         (
             {"optimiser": "sgd", "betas": [0.5, 0.9]},
-            r"found betas \[0\.5, 0\.9\] with the optimiser sgd; they are adamw's",
+            r"found betas \[0\.5, 0\.9\] with the optimiser sgd; they are of adamw and muon",
         ),
         ({"ema": 1.0}, r"optim\.ema: found 1\.0; must be less than 1"),
     ],

@@ -20,7 +20,7 @@ from mim_core.cores import cores
 from mim_core.data.order import Order, loader
 from mim_core.data.pack import Pack
 from mim_core.files import read_curve, write_atomically
-from mim_core.optim import OPTIMISERS, SCHEDULES, Average, Player, param_groups
+from mim_core.optim import OPTIMISERS, SCHEDULES, WITH_BETAS, Average, Player, param_groups
 from mim_core.params import FineTune
 from mim_core.spec import Piece, bind, build
 from mim_core.train import NonFiniteLossError, Objective, Scalars, train
@@ -309,7 +309,7 @@ def player(
     schedule = bind(SCHEDULES, optim.schedule)
     start, floor = lr * optim.warmup_from, lr * optim.floor
     rate = partial(schedule, total=steps, peak=lr, warmup=warmup, floor=floor, start=start)
-    given = (groups, optim.betas) if optim.optimiser.name == "adamw" else (groups,)
+    given = (groups, optim.betas) if optim.optimiser.name in WITH_BETAS else (groups,)
     average = Average(model, optim.ema) if optim.ema else None
     return steps, Player(build(OPTIMISERS, optim.optimiser, *given), rate, optim.clip, average)
 

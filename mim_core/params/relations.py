@@ -18,6 +18,7 @@ from mim_core.encoders import ENCODERS
 from mim_core.fit_target import token_grid
 from mim_core.losses import CLASS_LOSSES
 from mim_core.masks import MASKS, generators
+from mim_core.optim import WITH_BETAS, of_a_block
 from mim_core.params.rows import DownstreamRow, FineTune, PretrainRow, TargetRow
 from mim_core.pretext import assemble
 from mim_core.spec import Piece, bind, build, nearest, shown
@@ -109,6 +110,7 @@ def _fitting(row: TargetRow, size: tuple[int, int] | None) -> Iterator[str]:
     if not isinstance(tokenizer, DiscreteVAE):
         for key in sorted(row.model_fields_set & {"temperature", "kl_weight"}):
             yield f"{key}: found one; the codes of '{row.tokenizer.name}' are not relaxed; delete this key"
+    yield from _blockless(row.optim, tokenizer)
     if row.least_perplexity > tokenizer.codes:
         yield f"least_perplexity: found {row.least_perplexity:g}; it may not exceed the {tokenizer.codes} codes"
     if size:
@@ -156,6 +158,14 @@ def _assembled(row: PretrainRow, size: tuple[int, int], params: Params) -> tuple
         return assemble(row, size, CHANNELS, neutral, neutral, tokenizer)
 
 
+def _blockless(optim: FineTune | None, model: nn.Module) -> Iterator[str]:
+    """Check that muon has what it is for."""
+    if optim and optim.optimiser.name == "muon":
+        trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        if not any(of_a_block(name) for name in trained):
+            yield "optim.optimiser: found 'muon', and no transformer block is trained that it could move; use adamw"
+
+
 def _unfit(row: PretrainRow, model: Any, target: Any, masks: list[np.ndarray]) -> Iterator[str]:
     fill, head, encoder = row.fill.name, row.head.name, row.encoder.name
     if model.fill.drops:
@@ -166,6 +176,7 @@ def _unfit(row: PretrainRow, model: Any, target: Any, masks: list[np.ndarray]) -
             yield f"fill: '{fill}' leaves patches out, and {missing}; use transformer_decoder"
         if len({int(mask.sum()) for mask in masks}) > 1:
             yield f"fill: '{fill}' needs masks that hide equally many patches; '{row.mask.name}' does not; use random"
+    yield from _blockless(row.optim, model)
     if row.devices > 1 and any(isinstance(one, BATCH_NORMS) for one in model.modules()):
         yield f"devices: found {row.devices}; '{encoder}' or '{head}' needs the whole batch for BatchNorm; use 1"
     classes = target.entries.classes > 0
@@ -273,10 +284,10 @@ def judges(row: DownstreamRow, params: Params, size: tuple[int, int]) -> list[st
     if faults:
         return faults
     try:
-        _task(row, piece, size)
+        task = _task(row, piece, size)
     except ValueError as error:
         return [f"task.{error}"]
-    return []
+    return list(_blockless(row.optim, task.model))
 
 
 def _task(row: DownstreamRow, piece: Piece, size: tuple[int, int]) -> Any:
@@ -332,7 +343,7 @@ def _bytes(model: torch.nn.Module, optim: FineTune | None, critic: torch.nn.Modu
     frozen = sum(p.nbytes for one in players for p in one.parameters() if not p.requires_grad)
     held = sum(tensor.nbytes for one in players for tensor in one.state_dict().values()) - frozen
     trained = sum(p.nbytes for one in players for p in one.parameters() if p.requires_grad)
-    copies = ((2 if optim.optimiser.name == "adamw" else 1) + (optim.ema is not None)) if optim else 0
+    copies = ((2 if optim.optimiser.name in WITH_BETAS else 1) + (optim.ema is not None)) if optim else 0
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     return {"weights": weights, "checkpoint": held + trained * copies if optim else 0}
 

@@ -16,7 +16,7 @@ from mim_core.fit_target import Anneal, Temperature
 from mim_core.heads import HEADS
 from mim_core.losses import LOSSES
 from mim_core.masks import MASKS
-from mim_core.optim import OPTIMISERS, SCHEDULES
+from mim_core.optim import OPTIMISERS, SCHEDULES, WITH_BETAS
 from mim_core.spec import OneOf, Piece, Strict, check, pair, shown
 from mim_core.targets import TARGETS
 from mim_core.tasks import TASKS
@@ -45,7 +45,7 @@ class FineTune(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     optimiser: Annotated[Piece, OneOf(OPTIMISERS), Field(validate_default=True)] = "adamw"  # type: ignore[assignment]
     betas: Annotated[tuple[Share, Share], BeforeValidator(pair)] = BETAS
-    """AdamW's."""
+    """AdamW's, and those of what muon leaves to it."""
     clip: Positive | None = None
     """Largest gradient norm."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -53,11 +53,11 @@ class FineTune(Strict):
     """Decay of a moving average of the weights, which is what is evaluated and saved (see `optim.Average`)."""
 
     @model_validator(mode="after")
-    def _betas_are_adamws(self) -> FineTune:
-        if self.optimiser.name != "adamw" and self.betas != BETAS:
+    def _betas_have_a_taker(self) -> FineTune:
+        if self.optimiser.name not in WITH_BETAS and self.betas != BETAS:
             raise ValueError(
-                f"found betas {list(self.betas)} with the optimiser {self.optimiser.name}; they are adamw's; delete "
-                "betas, or give the optimiser's own momentum"
+                f"found betas {list(self.betas)} with the optimiser {self.optimiser.name}; they are of adamw and muon; "
+                "delete betas, or give the optimiser's own momentum"
             )
         return self
 
