@@ -294,7 +294,7 @@ class Muon(torch.optim.AdamW):
                         self._gather(alike, name, one, group)
         for (_, longer), moves in alike.items():
             moved = torch.stack([update for update, _, _ in moves])
-            # The published bfloat16 is emulated on many CPUs, some hundred times slower.
+            # The published bfloat16 is emulated on many CPUs, where all of a step takes ten times as long with it.
             kind = torch.bfloat16 if moved.is_cuda else moved.dtype
             directions = zeropower_via_newtonschulz(moved, self.iterations, [self.ITERATION], dtype=kind)
             for direction, (_, values, rate) in zip(directions.to(moved.dtype), moves, strict=True):

@@ -122,6 +122,7 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("pretrain", "pretrain_fitted.one", FITTED, "pretrain.one: 'pretrain_fitted' has a row of this name too;*"),
     ("targets", "targets.codes.optim", DELETED, "codes.optim: missing; a tokenizer that is trained needs it"),
     ("targets", "targets.colours.optim", OPTIM, "colours.optim: found one; 'palette' is not trained; delete this key"),
+    ("targets", "targets.codes.optim.optimiser", "muon", "codes.optim.optimiser: found 'muon', and no transformer*"),
     (
         "targets",
         "targets.colours.kl_weight",

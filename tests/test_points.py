@@ -115,7 +115,7 @@ def test_what_follows_from_the_rows_is_whole_rows() -> None:
 def test_the_papers_ablations_are_there() -> None:
     assert set(ROWS.ablated()) == {
         "mask_ratio", "mask_strategy", "head", "target", "loss", "target_resolution", "loss_scope", "mask_ratio_mae",
-        "budget", "adversarial",
+        "optimiser", "budget", "adversarial",
     }  # fmt: skip
 
 
