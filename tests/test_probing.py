@@ -90,7 +90,19 @@ def test_what_is_trained_is_the_same_bit_for_bit_with_a_probe_and_without(
     curves = [read_curve(tmp_path / name / "curve.jsonl") for name in ("with", "without")]
     passing = {"seconds", "time", "images_per_s", "probe_score", "probe_block"}
     plain = [[{key: line[key] for key in line.keys() - passing} for line in curve] for curve in curves]
-    assert plain[0] == plain[1]
+    # So short a run is evaluated at its end only, where no probe asks for more.
+    evaluated = [[line for line in curve if "loss" not in line] for curve in plain]
+    assert [line["step"] for line in evaluated[0]] == [12, 24, 36, 48]
+    assert evaluated[0][-1:] == evaluated[1]
+    trained = [[line for line in curve if "loss" in line] for curve in plain]
+    assert trained[0] == trained[1]
+    assert len(trained[0]) == 48
+
+
+def test_a_run_is_not_evaluated_more_often_than_every_75_steps(pack: Pack, tmp_path: Path) -> None:
+    pretrain(pretrain_row(optim={**LONG, "epochs": 80}), pack, tmp_path, 0)
+    found = [line["step"] for line in read_curve(tmp_path / "curve.jsonl") if "validation_loss" in line]
+    assert found == [80, 160, 240, 320]
 
 
 def test_a_resumed_run_has_the_same_probes(pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

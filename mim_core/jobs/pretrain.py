@@ -29,7 +29,8 @@ from mim_core.spec import bind, build, check
 from mim_core.tokenizers import TOKENIZERS
 from mim_core.train import Scalars
 
-EVALUATIONS = 8
+EVALUATIONS, APART = 8, 75
+"""Evaluations of a run, and the least steps from one to the next: each costs as much as some ten steps."""
 VALIDATED, SHOWN, RECOVERED = 512, 8, 6
 MEASURED = 256
 """Masks over which hidden share and average distance are taken."""
@@ -65,8 +66,10 @@ def pretrain(
     if ranks.count() > 1:
         objective.shared = ranks.shared(model)
     run = Run(folder, trained, players, steps, row.checkpoint_minutes)
-    # A multiple of the probes, so that each falls on an evaluation.
-    evaluations = probing.evaluations * math.ceil(EVALUATIONS / probing.evaluations) if probing else EVALUATIONS
+    evaluations = min(EVALUATIONS, max(1, steps // APART))
+    if probing:
+        # A multiple of the probes, so that each falls on an evaluation.
+        evaluations = probing.evaluations * math.ceil(evaluations / probing.evaluations)
 
     def evaluate(step: int) -> Scalars:
         trained.eval()
