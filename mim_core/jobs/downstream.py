@@ -17,7 +17,7 @@ from mim_core.data.order import Order
 from mim_core.data.pack import Pack, label_budget
 from mim_core.encoders import ENCODERS
 from mim_core.encoders.interpolate import adapt
-from mim_core.jobs.run import Run, about, player, result
+from mim_core.jobs.run import Run, about, evaluations, player, result
 from mim_core.params import DownstreamRow, EncoderOf
 from mim_core.spec import Pair, Piece, Strict, build, check
 from mim_core.tasks import TASKS
@@ -103,7 +103,8 @@ def downstream(
         run = Run(folder, model, {"model": own}, steps, row.checkpoint_minutes)
         batch = min(row.optim.batch, len(chosen))
         order = Order(chosen, batch, seed, 0, steps)
-        run.train(task, task.fetch(images, row.augment, seed), order, lambda step: judge("validation"), EVALUATIONS)
+        fetch, times = task.fetch(images, row.augment, seed), evaluations(steps, EVALUATIONS)
+        run.train(task, fetch, order, lambda step: judge("validation"), times)
         seen = steps * batch
     found = {**result(folder, seen, model, compute), "metric": task.score, "encoder": piece.model_dump(mode="json")}
     if begun and begun.notes:

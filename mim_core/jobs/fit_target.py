@@ -16,7 +16,7 @@ from mim_core.data.order import Order
 from mim_core.data.pack import Pack, Split
 from mim_core.devices import Compute
 from mim_core.files import write_atomically
-from mim_core.jobs.run import Run, player, result
+from mim_core.jobs.run import Run, evaluations, player, result
 from mim_core.params import TargetRow
 from mim_core.spec import build
 from mim_core.tokenizers import TOKENIZERS
@@ -75,7 +75,8 @@ def _train(row: TargetRow, tokenizer: Any, pack: Pack, folder: Path, seed: int, 
 
     batch = min(row.optim.batch, len(images))
     order = Order(np.arange(len(images)), batch, seed, 0, steps)
-    run.train(objective, fitting.ImageFetch(images, row.augment, seed), order, evaluate, EVALUATIONS)
+    times = evaluations(steps, EVALUATIONS)
+    run.train(objective, fitting.ImageFetch(images, row.augment, seed), order, evaluate, times)
     return steps * batch
 
 

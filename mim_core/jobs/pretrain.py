@@ -17,7 +17,7 @@ from mim_core.adversarial import Critic
 from mim_core.data.order import Order
 from mim_core.data.pack import Pack, Split
 from mim_core.grid import Grid
-from mim_core.jobs.run import Run, about, player, result
+from mim_core.jobs.run import Run, about, evaluations, player, result
 from mim_core.losses import LOSSES
 from mim_core.masks import MASKS, MASKS_OF_MANY, OBJECT_MASKS, avg_distance, generator, generators, random
 from mim_core.metrics.pictures import hole_psnr
@@ -29,8 +29,7 @@ from mim_core.spec import bind, build, check
 from mim_core.tokenizers import TOKENIZERS
 from mim_core.train import Scalars
 
-EVALUATIONS, APART = 8, 75
-"""Evaluations of a run, and the least steps from one to the next: each costs as much as some ten steps."""
+EVALUATIONS = 8
 VALIDATED, SHOWN, RECOVERED = 512, 8, 6
 MEASURED = 256
 """Masks over which hidden share and average distance are taken."""
@@ -66,10 +65,10 @@ def pretrain(
     if ranks.count() > 1:
         objective.shared = ranks.shared(model)
     run = Run(folder, trained, players, steps, row.checkpoint_minutes)
-    evaluations = min(EVALUATIONS, max(1, steps // APART))
+    times = evaluations(steps, EVALUATIONS)
     if probing:
         # A multiple of the probes, so that each falls on an evaluation.
-        evaluations = probing.evaluations * math.ceil(evaluations / probing.evaluations)
+        times = probing.evaluations * math.ceil(times / probing.evaluations)
 
     def evaluate(step: int) -> Scalars:
         trained.eval()
@@ -79,7 +78,7 @@ def pretrain(
         scalars = {"validation_loss": value.item()}
         if target.recovers:
             scalars["hole_psnr"] = hole_psnr(pictures["composites"], pictures["originals"], pictures["hidden"])
-        if probing and linear and probing.due(step, steps, max(1, steps // evaluations)):
+        if probing and linear and probing.due(step, steps, max(1, steps // times)):
             scalars |= linear.score(encoder)
         if step == steps:
             _draw(row, target, pictures, scalars.get("hole_psnr"), folder / "gallery.png")
@@ -94,7 +93,7 @@ def pretrain(
     order = Order(np.arange(len(images)), batch, seed, 0, steps)
     on_device = compute.device.type == "cuda"
     fetch = MaskedFetch(images, encoder.grid, None if objective.drawn else mask, row.augment, seed, on_device)
-    run.train(objective, fetch, order, evaluate, evaluations)
+    run.train(objective, fetch, order, evaluate, times)
     if ranks.number():
         return {}
     head = about(row.encoder, pack)

@@ -26,6 +26,8 @@ from mim_core.spec import Piece, bind, build
 from mim_core.train import NonFiniteLossError, Objective, Scalars, train
 
 REPORTS = 100
+APART = 150
+"""Least steps from one evaluation to the next: each costs as much as some ten steps."""
 TRIES = 3
 """How often the steps between two reports are tried again, each time at half the rate, where they end in NaN."""
 NONFINITE = "nonfinite.json"
@@ -278,6 +280,11 @@ class Run:
         )
         for average in averages:
             average.wear()
+
+
+def evaluations(steps: int, most: int) -> int:
+    """How often a run is evaluated: `most` times, unless that were less than `APART` steps apart."""
+    return min(most, max(1, steps // APART))
 
 
 def _device(model: nn.Module) -> torch.device:
