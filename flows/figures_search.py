@@ -95,7 +95,7 @@ def _ended(axes: Axes, found: Search) -> None:
     axes.set_ylim(-0.18, 1.18)
     axes.set_yticks([0, 0.5, 1], ["0", "50", "100"])
     axes.set_ylabel("% pretrained")
-    axes.set_xlabel("trial, in the order of their start; one seed each")
+    axes.set_xlabel(f"trial, in the order of their start; {found.shared}")
     last = len(found.tried) - 1
     axes.set_xticks([tick for tick in MaxNLocator(8, integer=True).tick_values(0, max(1, last)) if 0 <= tick <= last])
     axes.grid(axis="y")

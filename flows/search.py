@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import queue
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,14 @@ class Bench:
         pruner = self.stage.params["pruner"]
         return None if pruner["name"] == "none" else {key: pruner[key] for key in ("labels", "evaluations")}
 
-    def child(self, name: str, row: Row, seed: int, settings: Mapping[str, Any], tags: Mapping[str, str]) -> Any:
+    def child(
+        self, name: str, row: Row, seeds: Sequence[int], settings: Mapping[str, Any], tags: Mapping[str, str]
+    ) -> Any:
         """Open the MLflow run of a trial or of a run of the final comparison, told apart by its choices."""
         search, folder = self.stage.row, self.state / name.replace(" ", "_")
-        whole, further = {**row, "seed": seed}, {"search": search, **tags}
-        return self.record.point(f"{search} {name}", folder, {**settings, "seed": seed}, whole, further)
+        whole, further = {**row, "seed": seeds[0]}, {"search": search, **tags}
+        told = {**settings, "seed": ", ".join(map(str, seeds))}
+        return self.record.point(f"{search} {name}", folder, told, whole, further)
 
 
 def checked(name: str) -> Stage:
@@ -87,7 +90,7 @@ def attempt(bench: Bench, one: Ongoing) -> None:
     try:
         row = bench.course.space.row(one.settings)
         tags = {"trial": str(one.trial.number), "origin": one.origin}
-        curve = bench.child(f"trial {one.place}", row, bench.stage.params["seed"], one.settings, tags)
+        curve = bench.child(f"trial {one.place}", row, bench.stage.params["trial_seeds"], one.settings, tags)
         for turn in range(TRIES):
             try:
                 _measure(bench, one, row, curve)
@@ -108,8 +111,11 @@ def attempt(bench: Bench, one: Ongoing) -> None:
 
 
 def _measure(bench: Bench, one: Ongoing, row: Row, curve: Any) -> None:
-    """Measure a trial and tell the study; raises JobDiedError, JobFailedError, StoppedError."""
-    course, seed = bench.course, bench.stage.params["seed"]
+    """Measure a trial and tell the study; raises JobDiedError, JobFailedError, StoppedError.
+
+    It is probed, and may be pruned, while it pretrains with its first seed.
+    """
+    course, seeds = bench.course, bench.stage.params["trial_seeds"]
 
     def watching(part: str, prefix: str) -> Watch:
         add = each(curve.add, prefix) if prefix else curve.add
@@ -129,17 +135,28 @@ def _measure(bench: Bench, one: Ongoing, row: Row, curve: Any) -> None:
         # What another run had measured before costs nothing here.
         one.seconds[part] = done.seconds if done.new or one.told.get(f"ran_{part}") else 0.0
 
+    def measured(seed: int) -> list[Measured]:
+        """Pretrain and judge with one seed; nothing where the trial ends in between."""
+        also = "" if seed == seeds[0] else f"seed_{seed}."
+        probe = None if also else bench.probe
+        begun = bench.laboratory.pretrained(row, seed, watching(f"{also}pretrain", also), probe)
+        note(f"{also}pretrain", begun)
+        course.follow(one, read_curve(begun.folder / "curve.jsonl"))
+        if course.ends(one):
+            return []
+        judged = bench.laboratory.judged(bench.judge, seed, begun, False, watching(f"{also}judge", f"{also}judge."))
+        note(f"{also}judge", judged)
+        return [begun, judged]
+
     try:
-        begun = None
-        if not one.pruned:
-            begun = bench.laboratory.pretrained(row, seed, watching("pretrain", ""), bench.probe)
-            note("pretrain", begun)
-            course.follow(one, read_curve(begun.folder / "curve.jsonl"))
-        if begun and not course.ends(one):
-            judged = bench.laboratory.judged(bench.judge, seed, begun, False, watching("judge", "judge."))
-            note("judge", judged)
-            score, cost = float(judged.result["validation_score"]), begun.seconds + judged.seconds
-            images = begun.result["images_seen"] + judged.result["images_seen"]
+        done: list[Measured] = []
+        for seed in seeds:
+            # Once it is to end, nothing more begins.
+            done += measured(seed) if not (one.pruned or one.stopped) else []
+        if len(done) == 2 * len(seeds):
+            scores = [float(judged.result["validation_score"]) for judged in done[1::2]]
+            score, cost = sum(scores) / len(scores), sum(part.seconds for part in done)
+            images = sum(part.result["images_seen"] for part in done)
             course.finish(one, COMPLETE, score, cost=cost, images_seen=images)
             bench.record.metrics(curve.run, {"score": score, "validation_score": score, "cost_seconds": cost})
             _close(bench, one, curve, "complete")
@@ -148,7 +165,7 @@ def _measure(bench: Bench, one: Ongoing, row: Row, curve: Any) -> None:
         if not (one.pruned or one.stopped):
             raise
     if one.pruned:
-        bench.laboratory.abandoned(row, seed, bench.probe)
+        bench.laboratory.abandoned(row, seeds[0], bench.probe)
         course.finish(one, PRUNED)
         _close(bench, one, curve, "pruned")
     else:
@@ -195,7 +212,7 @@ class Clock:
 @task(cache_policy=NO_CACHE, task_run_name="{label}, seed {seed}")
 def compare(bench: Bench, label: str, row: Row, seed: int) -> dict[str, Any]:
     """Pretrain a row of the final comparison with a fresh seed, judge it, and score it on test images."""
-    curve = bench.child(f"{label} seed {seed}", row, seed, {}, {"final": label, "seed": str(seed)})
+    curve = bench.child(f"{label} seed {seed}", row, [seed], {}, {"final": label, "seed": str(seed)})
     for turn in range(TRIES):
         try:
             begun = bench.laboratory.pretrained(row, seed, curve.add)
@@ -242,6 +259,7 @@ def publish(bench: Bench, finals: Mapping[str, Mapping[str, Any]], told: Mapping
         "sampler",
         "pruner",
         "seed",
+        "trial_seeds",
         "seeds",
         "budget_device_hours",
         "warm_start",
@@ -361,7 +379,7 @@ def explore(bench: Bench) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]
     stage, course = bench.stage, bench.course
     given = rows.judges("search", stage.row)
     told = course.tell(
-        lambda: warm.known(stage.params["warm_start"], course.space, given, stage.data, stage.params["seed"])
+        lambda: warm.known(stage.params["warm_start"], course.space, given, stage.data, stage.params["trial_seeds"])
     )
     if stage.params["warm_start"]:
         print(f"  {len(told['taken'])} results of ablations are known from the start", flush=True)

@@ -1,7 +1,7 @@
 """Published searches: what was tried, what came out, and how it is said. From files alone, runs/search/NAME.
 
-Trials are compared on validation images with one seed; the best row and the default row are compared again with fresh
-seeds, on test images too, which nothing has looked at before.
+Trials are compared on validation images over the same few seeds; the best row and the default row are compared again
+with fresh ones, on test images too, which nothing has looked at before.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ ARMS = {"best": "best row found", "default": "default row"}
 SCORES = {"validation_score": "validation", "test_score": "test"}
 LEADERS = 5
 NOTE = (
-    "Trials have one seed and are scored on validation images, a probe on which ends those that lag. The best of many "
-    "trials is likely to have been lucky in its own score: only the rows that were pretrained again with fresh seeds "
-    "compare. Test images were scored once, for these. Intervals: Student's t over seeds, 95 %; differences are "
-    "paired by seed. Importance: the share of the scores' variation that a setting accounts for among completed trials."
+    "Trials share their seeds and are scored on validation images, a probe on which ends those that lag. The best of "
+    "many trials is likely to have been lucky: only the rows that were pretrained again with fresh seeds compare. "
+    "Test images were scored once, for these. Intervals: Student's t over seeds, 95 %; differences are paired by seed. "
+    "Importance: the share of the scores' variation that a setting accounts for among completed trials."
 )
 
 
@@ -71,6 +71,12 @@ class Search:
     @property
     def metric(self) -> str:
         return str(results.METRICS.get(self.results["metric"], self.results["metric"]))
+
+    @property
+    def shared(self) -> str:
+        """The seeds that all trials have, in words."""
+        seeds = self.results.get("trial_seeds", [0])
+        return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
     @property
     def found(self) -> bool:
@@ -189,7 +195,7 @@ def markdown(search: Search) -> str:
         before = (default.get("settings") or {}).get(path, value_at(default["row"], path))
         chosen.append([path, _cell(before), _cell(best["settings"][path]), "-" if share is None else f"{share:.0%}"])
     led = sorted((one for one in said["trials"] if one["score"] is not None), key=lambda one: -one["score"])[:LEADERS]
-    trials = [["trial", f"validation {search.metric}, % (one seed)", *said["space"], "origin"]]
+    trials = [["trial", f"validation {search.metric}, % ({search.shared})", *said["space"], "origin"]]
     for one in led:
         settings = [_cell(one["settings"].get(path)) for path in said["space"]]
         trials.append([str(one["number"]), f"{100 * one['score']:.1f}", *settings, one["origin"]])

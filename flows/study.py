@@ -315,7 +315,7 @@ class Course:
         return float(seconds + running + sum(self.finals.values()))
 
     def costs(self) -> dict[int, float]:
-        """Worker-seconds of each whole trial, whenever it was measured, by number."""
+        """Worker-seconds of each whole trial, all its seeds, whenever it was measured, by number."""
         return {one.number: one.user_attrs["cost"] for one in self.trials(COMPLETE) if "cost" in one.user_attrs}
 
     def reserve(self) -> float:
@@ -328,7 +328,8 @@ class Course:
         leader = self.label(best) if self.label(best) != DEFAULT else ""
         arms = {DEFAULT: costs.get(self.default(), mean), leader: costs.get(best.number, mean)}
         seeds = self.search["seeds"]
-        return MARGIN * sum(cost for arm, cost in arms.items() for seed in seeds if f"{arm} {seed}" not in there)
+        left = sum(cost for arm, cost in arms.items() for seed in seeds if f"{arm} {seed}" not in there)
+        return MARGIN * left / len(self.search["trial_seeds"])
 
     def affordable(self) -> bool:
         """Whether one more whole trial fits into the budget, by the cost of those so far. Raises UserError.

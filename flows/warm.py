@@ -11,12 +11,12 @@ from flows.spaces import Row, Space
 
 
 def known(
-    ablations: Sequence[str], space: Space, judge: Mapping[str, Row], data: Mapping[str, str], seed: int
+    ablations: Sequence[str], space: Space, judge: Mapping[str, Row], data: Mapping[str, str], seeds: Sequence[int]
 ) -> dict[str, list[Any]]:
     """Find the points of ablations whose row the space can make, judged by the same judge on the same data and code.
 
     `taken`: settings, score (a share) and origin of each; `left`: a sentence for each that was not, with the reason. A
-    score is of the trials' own seed where the ablation has it, as all trials share that one; else the mean over seeds.
+    score is over the trials' own seeds where the ablation has them, as all trials share those; else over its seeds.
     """
     found: dict[str, list[Any]] = {"taken": [], "left": []}
     for name in ablations:
@@ -39,9 +39,9 @@ def known(
                 why = "its row is outside the space" if scores else "it failed"
                 found["left"].append(f"ablation {name}, {point['label']}: {why}")
                 continue
-            own = seed in scores
-            score = scores[seed] if own else sum(scores.values()) / len(scores)
-            origin = f"ablation {name} ({f'seed {seed}' if own else f'mean of {len(scores)} seeds'})"
+            shared = seeds if all(seed in scores for seed in seeds) else sorted(scores)
+            score = sum(scores[seed] for seed in shared) / len(shared)
+            origin = f"ablation {name} (seed{'s' * (len(shared) > 1)} {', '.join(map(str, shared))})"
             found["taken"].append({"settings": settings, "score": score, "origin": origin})
     return found
 

@@ -301,6 +301,7 @@ search:
     pruner: {name: asha, reduction: 2, labels: 64, evaluations: 2}
     trials: 4
     budget_device_hours: 1.0
+    trial_seeds: [0, 3]
     seeds: [1, 2]
     warm_start: [mask_ratio]
 """,

@@ -180,6 +180,19 @@ def test_arms_are_told_apart_by_what_mlflows_page_that_compares_begins_with(serv
         assert run.data.params["arm"] == arm
 
 
+def test_a_trial_is_scored_by_the_mean_over_its_seeds(served: Clone) -> None:
+    said = json.loads((served.folder / "runs/search/recipe/results.json").read_text())
+    assert said["trial_seeds"] == [0, 3]
+    done = [one for one in said["trials"] if one["state"] == "complete" and one["place"] is not None]
+    assert done
+    for one in done:
+        run = mlflow_client(served).get_run(one["mlflow_run_id"])
+        first, second = (run.data.metrics[f"{seed}judge.validation_score"] for seed in ("", "seed_3."))
+        assert one["score"] == pytest.approx((first + second) / 2)
+        assert run.data.metrics["validation_score"] == pytest.approx(one["score"])
+        assert run.data.params["seed"] == "0, 3"
+
+
 def test_gallery_params_manifest_and_system_metrics_are_in_mlflow(served: Clone) -> None:
     client = mlflow_client(served)
     run = manifest(served, "pretrain", "simmim_vit")["mlflow_run_id"]

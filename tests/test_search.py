@@ -58,6 +58,7 @@ SEARCH: dict[str, Any] = {
     "trials": 12,
     "budget_device_hours": 1000.0,
     "seed": 0,
+    "trial_seeds": [0],
     "seeds": [1, 2],
     "warm_start": [],
     "storage": None,
@@ -282,6 +283,16 @@ def test_the_budget_holds_trials_and_the_final_comparison(workers: int, tmp_path
     assert course(tmp_path, workers, **given).next() is None
 
 
+def test_a_run_of_the_comparison_costs_a_trials_share_of_one_seed(tmp_path: Path) -> None:
+    reserved = []
+    for seeds in ([0], [0, 3]):
+        there = course(tmp_path, name=f"of_{len(seeds)}", trials=1, trial_seeds=seeds)
+        run(there)
+        reserved.append(there.reserve())
+    # The default row is as yet the best: two arms of two seeds, a tenth more than the trial took.
+    assert reserved == [pytest.approx(1.1 * 4 * SECONDS), pytest.approx(1.1 * 4 * SECONDS / 2)]
+
+
 def test_a_budget_that_cannot_hold_the_comparison_is_refused_after_one_trial(tmp_path: Path) -> None:
     with pytest.raises(workspace.UserError, match=r"budget_device_hours: found .* alone take 0\.015"):
         run(course(tmp_path, budget_device_hours=hours(40)))
@@ -399,12 +410,12 @@ def test_ablations_are_told_first_and_what_does_not_fit_is_said(
     ):
         ablation(tmp_path / "ablate" / name, rows, **{"judges": judge, "md5": "m", **changes})
     names = ["ratio", "seeds", "other_data", "other_judge", "old_code", "absent"]
-    told = warm.known(names, space, judge, data, 0)
+    told = warm.known(names, space, judge, data, [0])
     assert [(one["settings"]["mask.ratio"], one["score"], one["origin"]) for one in told["taken"]] == [
         (0.3, 0.30, "ablation ratio (seed 0)"),
         (0.9, 0.32, "ablation ratio (seed 0)"),
-        (0.3, pytest.approx(0.40), "ablation seeds (mean of 2 seeds)"),
-        (0.9, pytest.approx(0.42), "ablation seeds (mean of 2 seeds)"),
+        (0.3, pytest.approx(0.40), "ablation seeds (seeds 1, 2)"),
+        (0.9, pytest.approx(0.42), "ablation seeds (seeds 1, 2)"),
     ]
     said = "\n".join(told["left"])
     for part in (
@@ -413,6 +424,12 @@ def test_ablations_are_told_first_and_what_does_not_fit_is_said(
         "other_judge: its judges are not judge_1000",
     ):
         assert part in said
+    # Trials of several seeds are scored over them, and so is what is told of an ablation that has them all.
+    several = warm.known(["ratio", "seeds"], space, judge, data, [1, 0])["taken"]
+    assert [(one["score"], one["origin"]) for one in several[::2]] == [
+        (pytest.approx(0.35), "ablation ratio (seeds 1, 0)"),
+        (pytest.approx(0.40), "ablation seeds (seeds 1, 2)"),
+    ]
     assert "old_code: it is of other code" in said
     assert "absent: it is not published" in said
     there = course(tmp_path, trials=2)

@@ -319,7 +319,9 @@ class SearchRow(Strict):
     budget_device_hours: Positive
     """What all of it may cost, the final comparison with it; the device is all of the machine, or one GPU."""
     seed: Seed = 0
-    """Of the trials and the sampler."""
+    """Of the sampler."""
+    trial_seeds: Annotated[list[Seed], Field(min_length=1)] = Field(default_factory=lambda: [0])
+    """Of each trial: it is scored by the mean over them, and probed with the first."""
     seeds: Annotated[list[Seed], Field(min_length=1)]
     """Of the final comparison."""
     warm_start: list[str] = Field(default_factory=list)
@@ -329,8 +331,11 @@ class SearchRow(Strict):
 
     @model_validator(mode="after")
     def _fresh(self) -> SearchRow:
-        if self.seed in self.seeds:
+        for name in ("trial_seeds", "seeds"):
+            if len(set(given := getattr(self, name))) < len(given):
+                raise ValueError(f"{name}: found {given}; each seed counts once; drop the repeated")
+        if used := sorted({*self.trial_seeds} & {*self.seeds}):
             raise ValueError(
-                f"seeds: found {self.seeds}, the trials' {self.seed} among them; the last comparison needs fresh ones"
+                f"seeds: found {self.seeds}, of which trials have {used}; the last comparison needs fresh ones"
             )
         return self
