@@ -179,6 +179,11 @@ def verdict(gain: Interval) -> str:
     return f"no difference ({points} {bounds})" if gain.low <= 0 <= gain.high else f"{points} {bounds}"
 
 
+def of_seeds(seeds: Sequence[int]) -> str:
+    """Name seeds: `seed 0`, `seeds 0, 1`."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
 def duration(seconds: float) -> str:
     """Say a time as `41 s`, `12 min 05 s` or `3 h 20 min`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -75,8 +75,7 @@ class Search:
     @property
     def shared(self) -> str:
         """The seeds that all trials have, in words."""
-        seeds = self.results.get("trial_seeds", [0])
-        return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        return results.of_seeds(self.results.get("trial_seeds", [0]))
 
     @property
     def found(self) -> bool:

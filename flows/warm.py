@@ -41,7 +41,7 @@ def known(
                 continue
             shared = seeds if all(seed in scores for seed in seeds) else sorted(scores)
             score = sum(scores[seed] for seed in shared) / len(shared)
-            origin = f"ablation {name} (seed{'s' * (len(shared) > 1)} {', '.join(map(str, shared))})"
+            origin = f"ablation {name} ({results.of_seeds(shared)})"
             found["taken"].append({"settings": settings, "score": score, "origin": origin})
     return found
 

@@ -258,9 +258,9 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("ablations", "ablations.ratio.judges.tuned", {"optim.epoch": 1}, "judges.tuned.optim.epoch: unknown key;*"),
     ("search", "search.recipe.judge", {}, "recipe.judge: found {}; *at least 1 item*"),
     ("search", "search.recipe.seeds", [0, 1], "recipe: seeds: found [0, 1], of which trials have [0];*fresh ones"),
-    ("search", "search.recipe.seeds", [4, 4], "recipe: seeds: found [4, 4]; each seed counts once;*"),
+    ("search", "search.recipe.seeds", [4, 4], "recipe: seeds: found [4, 4]; one stands twice; delete it"),
     ("search", "search.recipe.trial_seeds", [], "recipe.trial_seeds: found []; *at least 1 item*"),
-    ("search", "search.recipe.trial_seeds", [5, 5], "recipe: trial_seeds: found [5, 5]; each seed counts once;*"),
+    ("search", "search.recipe.trial_seeds", [5, 5], "recipe: trial_seeds: found [5, 5]; one stands twice; delete it"),
     ("search", "search.recipe.space.head", ["linear"], "space.head: found ['linear']; give a range*"),
     ("search", "search.recipe.space.head", ["linear", "mpl"], "recipe.space.head: mpl.head.name: 'mpl' is not one*"),
     (

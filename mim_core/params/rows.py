@@ -211,6 +211,11 @@ Judges = Annotated[dict[str, dict[Label, Any]], Field(min_length=1)]
 """Downstream rows, each with what is changed in it."""
 
 
+def _once(name: str, seeds: list[int]) -> None:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{name}: found {seeds}; one stands twice; delete it")
+
+
 class AblationRow(Strict):
     """Points that differ from a base row in little, each pretrained and judged alike over the same seeds.
 
@@ -240,8 +245,7 @@ class AblationRow(Strict):
         if self.zip is not None and len({len(values) for values in self.zip.values()}) > 1:
             counts = {path: len(values) for path, values in self.zip.items()}
             raise ValueError(f"zip: found axes of unequal length {counts}; each needs as many values as the others")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: found {self.seeds}; one stands twice; delete it")
+        _once("seeds", self.seeds)
         return self
 
 
@@ -331,9 +335,8 @@ class SearchRow(Strict):
 
     @model_validator(mode="after")
     def _fresh(self) -> SearchRow:
-        for name in ("trial_seeds", "seeds"):
-            if len(set(given := getattr(self, name))) < len(given):
-                raise ValueError(f"{name}: found {given}; each seed counts once; drop the repeated")
+        _once("trial_seeds", self.trial_seeds)
+        _once("seeds", self.seeds)
         if used := sorted({*self.trial_seeds} & {*self.seeds}):
             raise ValueError(
                 f"seeds: found {self.seeds}, of which trials have {used}; the last comparison needs fresh ones"
