@@ -135,28 +135,30 @@ def _measure(bench: Bench, one: Ongoing, row: Row, curve: Any) -> None:
         # What another run had measured before costs nothing here.
         one.seconds[part] = done.seconds if done.new or one.told.get(f"ran_{part}") else 0.0
 
-    def measured(seed: int) -> list[Measured]:
-        """Pretrain and judge with one seed; nothing where the trial ends in between."""
+    def measured(seed: int) -> tuple[Measured, Measured] | None:
+        """Pretrain and judge with one seed; None where the trial ends in between."""
         also = "" if seed == seeds[0] else f"seed_{seed}."
         probe = None if also else bench.probe
         begun = bench.laboratory.pretrained(row, seed, watching(f"{also}pretrain", also), probe)
         note(f"{also}pretrain", begun)
         course.follow(one, read_curve(begun.folder / "curve.jsonl"))
         if course.ends(one):
-            return []
+            return None
         judged = bench.laboratory.judged(bench.judge, seed, begun, False, watching(f"{also}judge", f"{also}judge."))
         note(f"{also}judge", judged)
-        return [begun, judged]
+        return begun, judged
 
     try:
-        done: list[Measured] = []
+        done: list[tuple[Measured, Measured]] = []
         for seed in seeds:
             # Once it is to end, nothing more begins.
-            done += measured(seed) if not (one.pruned or one.stopped) else []
-        if len(done) == 2 * len(seeds):
-            scores = [float(judged.result["validation_score"]) for judged in done[1::2]]
-            score, cost = sum(scores) / len(scores), sum(part.seconds for part in done)
-            images = sum(part.result["images_seen"] for part in done)
+            if one.pruned or one.stopped or not (pair := measured(seed)):
+                break
+            done.append(pair)
+        if len(done) == len(seeds):
+            parts = [part for pair in done for part in pair]
+            score = sum(float(judged.result["validation_score"]) for _, judged in done) / len(done)
+            cost, images = sum(part.seconds for part in parts), sum(part.result["images_seen"] for part in parts)
             course.finish(one, COMPLETE, score, cost=cost, images_seen=images)
             bench.record.metrics(curve.run, {"score": score, "validation_score": score, "cost_seconds": cost})
             _close(bench, one, curve, "complete")
