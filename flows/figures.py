@@ -277,7 +277,7 @@ def _curves(axes: Axes, table: Judged, path: str, second: str | None, keyed: boo
         )  # fmt: skip
         for line in at:
             _standing(axes, line.values[path], line, look, 9 * (place - (len(groups) - 1) / 2))
-    _reference(axes, table, along="y")
+    _reference(axes, table, path)
     axes.margins(x=0.08, y=0.12)
     axes.grid(axis="y")
     if second and keyed:
@@ -346,21 +346,32 @@ def _reach(line: Line) -> tuple[float, float]:
     return 100 * min(values), 100 * max(values)
 
 
-def _reference(axes: Axes, table: Judged, along: str) -> None:
-    """Draw the encoder from scratch as a dashed line with its interval as a band."""
+def _reference(axes: Axes, table: Judged, path: str | None = None) -> None:
+    """Draw the encoder from scratch as a dashed line with its interval as a band: level and named over an axis, at the
+    end where no point's interval comes near; upright beside rows that have it by name."""
     line = next((line for line in table.lines if line.scratch and line.score), None)
     if not line or not line.score:
         return
     score = line.score
-    rule, band = (axes.axhline, axes.axhspan) if along == "y" else (axes.axvline, axes.axvspan)
+    rule, band = (axes.axhline, axes.axhspan) if path else (axes.axvline, axes.axvspan)
     rule(100 * score.mean, color=GREY, lw=0.9, ls=(0, (4, 2)), zorder=1)
     if score.count > 1:
         band(100 * score.low, 100 * score.high, color=GREY, alpha=0.13, lw=0, zorder=0)
-    if along == "y":
+    if path:
+        left = _room(table, path, 100 * score.mean, first=True) > _room(table, path, 100 * score.mean, first=False)
         axes.annotate(
-            line.label, (1, 100 * score.mean), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-            ha="right", va="bottom", fontsize=7, color=GREY,
+            line.label, (0 if left else 1, 100 * score.mean), (2 if left else -2, 2),
+            xycoords=("axes fraction", "data"), textcoords="offset points",
+            ha="left" if left else "right", va="bottom", fontsize=7, color=GREY,
         )  # fmt: skip
+
+
+def _room(table: Judged, path: str, level: float, first: bool) -> float:
+    """How far, in per cent, all points of the axis's first or last value are from a level."""
+    points = [line for line in table.lines if line.score and not line.scratch]
+    end = (min if first else max)(line.values[path] for line in points)
+    reaches = [_reach(line) for line in points if line.values[path] == end]
+    return min(max(low - level, level - high, 0.0) for low, high in reaches)
 
 
 def _cost_bars(axes: Axes, table: Judged, path: str) -> None:
@@ -443,7 +454,7 @@ def _dotted(axes: Axes, table: Judged) -> None:
             told, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=7.5, weight=weight,
             color=INK if line.score else GREY, annotation_clip=False,
         )  # fmt: skip
-    _reference(axes, table, along="x")
+    _reference(axes, table)
     if table.base.score:
         axes.axvline(100 * table.base.score.mean, color=MUTED[0], lw=0.8, alpha=0.5, zorder=0)
     _rows(axes, [line.name for line in lines])
