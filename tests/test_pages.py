@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import itertools
 import json
 import shutil
@@ -12,13 +13,15 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Clone, free_port, prefect
 from mlflow.tracking import MlflowClient
+from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 from flows.servers import port_taken
@@ -38,11 +41,13 @@ def browser(folder: Path) -> Iterator[ClientConnection]:
     """A page of headless Chromium, spoken to by its DevTools protocol."""
     assert BROWSER
     quiet = "--no-first-run --disable-background-networking --disable-component-update --disable-sync --disable-quic"
+    # Prefect draws its graphs by WebGL.
+    drawing = "--use-angle=swiftshader --enable-unsafe-swiftshader"
     profile = folder / "profile"
     profile.mkdir(parents=True)
     process = subprocess.Popen(
         [
-            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", *quiet.split(), f"--user-data-dir={profile}",
+            BROWSER, "--headless", "--no-sandbox", *drawing.split(), *quiet.split(), f"--user-data-dir={profile}",
             "--window-size=1500,2400", "--remote-debugging-port=0", "about:blank",
         ],
         stdout=subprocess.DEVNULL,
@@ -63,8 +68,11 @@ def browser(folder: Path) -> Iterator[ClientConnection]:
         process.wait(30)
 
 
-def look(address: str, folder: Path, *expected: str, seconds: float = 120) -> None:
-    """Open a page and wait until its document holds all that is expected; leaves a screenshot."""
+def look(
+    address: str, folder: Path, *expected: str, seconds: float = 120, drawn: Callable[[bytes], bool] | None = None
+) -> None:
+    """Open a page and wait until its document holds all that is expected and its picture what is drawn; leaves a
+    screenshot."""
     with browser(folder) as socket:
         counter = itertools.count(1)
 
@@ -77,14 +85,17 @@ def look(address: str, folder: Path, *expected: str, seconds: float = 120) -> No
 
         ask("Page.navigate", url=address)
         end = time.monotonic() + seconds
-        missing = list(expected)
-        while missing and time.monotonic() < end:
+        missing, seen, picture = list(expected), False, b""
+        while not seen and time.monotonic() < end:
             time.sleep(0.5)
             page = ask("Runtime.evaluate", expression="document.documentElement.outerHTML")["result"]["value"]
             missing = [text for text in expected if text not in page]
-        picture = ask("Page.captureScreenshot")["data"]
-        (folder / "page.png").write_bytes(base64.b64decode(picture))
+            if not missing:
+                picture = base64.b64decode(ask("Page.captureScreenshot")["data"])
+                seen = drawn is None or drawn(picture)
+        (folder / "page.png").write_bytes(picture or base64.b64decode(ask("Page.captureScreenshot")["data"]))
         assert not missing, f"{address} does not show {missing} (what it shows: {folder / 'page.png'})"
+        assert seen, f"{address} does not draw what it should (what it shows: {folder / 'page.png'})"
 
 
 def run_id(clone: Clone, stage: str, row: str, kind: str) -> str:
@@ -146,8 +157,15 @@ def test_the_points_of_an_ablation_compare_and_its_axis_is_a_curve(served: Clone
 
 def test_the_flow_run_of_an_ablation_shows_its_points(served: Clone, tmp_path: Path) -> None:
     flow = run_id(served, "ablate", "mask_ratio", "prefect_flow")
-    page = f"{port(served, 'prefect')}/runs/flow-run/{flow}?tab=TaskRuns"
-    look(page, tmp_path, "ablate mask_ratio", "Completed", "0.9, seed 1")
+    page = f"{port(served, 'prefect')}/runs/flow-run/{flow}"
+    look(f"{page}?tab=TaskRuns", tmp_path / "tasks", "ablate mask_ratio", "Completed", "0.9, seed 1")
+    look(page, tmp_path / "graph", "ablate mask_ratio", "Completed", drawn=_has_green_bars)
+
+
+def _has_green_bars(picture: bytes) -> bool:
+    """Tell whether the graph, in the upper part of the page below its title, has bars in the green of the completed."""
+    red, green, blue = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), dtype=int)[110:490].transpose(2, 0, 1)
+    return bool(np.sum((green > 100) & (green > 1.5 * red) & (green > 1.5 * blue)) > 2000)
 
 
 def test_optunas_dashboard_opens_the_study(served: Clone, tmp_path: Path) -> None:
