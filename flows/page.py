@@ -185,7 +185,10 @@ def _ablation(found: Any, links: Mapping[str, str | None]) -> dict[str, Any]:
     for table in found.tables:
         lines = []
         for line in table.lines:
-            runs = [(f"seed {run['seed']}", run.get("mlflow_run_id")) for run in line.runs]
+            runs = [
+                (f"seed {seed}", run.get("mlflow_run_id"))
+                for seed, run in _by_seed({run["seed"]: run for run in line.runs})
+            ]
             lines.append((list(ablations.cells(found, table, line).values()), _runs(runs, links), line.best))
         head = list(ablations.cells(found, table, table.lines[0]))
         tables.append((table, Table(head, lines), ablations.meaning(found, table)))
@@ -214,7 +217,7 @@ def _search(found: Any, links: Mapping[str, str | None]) -> dict[str, Any]:
     said = found.results
     of_trials = {str(trial["number"]): [("trial", trial.get("mlflow_run_id"))] for trial in said["trials"]}
     of_finals = {
-        name: [(f"seed {seed}", run.get("mlflow_run_id")) for seed, run in said["finals"][arm].items()]
+        name: [(f"seed {seed}", run.get("mlflow_run_id")) for seed, run in _by_seed(said["finals"][arm])]
         for arm, name in searches.ARMS.items()
     }
     tables = []
@@ -225,6 +228,11 @@ def _search(found: Any, links: Mapping[str, str | None]) -> dict[str, Any]:
             told.append((line, _runs(runs, links), False))
         tables.append(Table(head, told))
     return {"study": found, "tables": tables, "headline": searches.headline(found)}
+
+
+def _by_seed(runs: Mapping[Any, Mapping[str, Any]]) -> list[tuple[Any, Mapping[str, Any]]]:
+    """Runs in the order in which tables have their seeds."""
+    return sorted(runs.items(), key=lambda item: int(item[0]))
 
 
 def _runs(runs: Iterable[tuple[str, str | None]], links: Mapping[str, str | None]) -> list[tuple[str, str, str]]:

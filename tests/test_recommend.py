@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
@@ -256,3 +257,21 @@ def test_the_page_shows_all_of_it_escaped_and_linked(made: Laboratory, tmp_path:
     text = (tmp_path / "report/recommended.yaml").read_text()
     assert set(yaml.safe_load(text)) == {"scenes_recommended"}
     assert "ablate,mask_ratio" in (tmp_path / "report/ledger.csv").read_text()
+
+
+def test_each_number_of_a_seed_in_an_ablation_links_to_its_run(made: Laboratory, tmp_path: Path) -> None:
+    made.family()
+    made.ablation({"0.6": 0.3, "0.3": 0.2})
+    path = made.root / "runs/ablate/mask_ratio/results.json"
+    said = json.loads(path.read_text())
+    for point in said["points"]:
+        point["runs"] = [{**run, "mlflow_run_id": f"{point['label']}-{run['seed']}"} for run in point["runs"][::-1]]
+    path.write_text(json.dumps(said))
+    text = Path(page.build(tmp_path / "linked", {"mlflow_url": "http://127.0.0.1:5000"})["index"]).read_text()
+    linked = re.findall(r'href="[^"]*/runs/(0\.3-\d)" title="seed (\d), MLflow run [^"]*">([\d.]+)</a>', text)
+    (low,) = [point for point in said["points"] if point["label"] == "0.3"]
+    scores = {run["mlflow_run_id"]: next(iter(run["scores"].values())) for run in low["runs"]}
+    assert linked == [(f"0.3-{seed}", str(seed), f"{100 * scores[f'0.3-{seed}']:.1f}") for seed in (0, 1, 2)]
+    # Without a server's address the runs are named below their line.
+    text = Path(page.build(tmp_path / "named", {})["index"]).read_text()
+    assert all(f'title="MLflow run 0.3-{seed}">seed {seed} 0.3-{seed}' in text for seed in (0, 1, 2))
