@@ -185,10 +185,7 @@ def _ablation(found: Any, links: Mapping[str, str | None]) -> dict[str, Any]:
     for table in found.tables:
         lines = []
         for line in table.lines:
-            runs = [
-                (f"seed {seed}", run.get("mlflow_run_id"))
-                for seed, run in _by_seed({run["seed"]: run for run in line.runs})
-            ]
+            runs = _of_seeds({run["seed"]: run for run in line.runs})
             lines.append((list(ablations.cells(found, table, line).values()), _runs(runs, links), line.best))
         head = list(ablations.cells(found, table, table.lines[0]))
         tables.append((table, Table(head, lines), ablations.meaning(found, table)))
@@ -216,10 +213,7 @@ def _search(found: Any, links: Mapping[str, str | None]) -> dict[str, Any]:
     """What the page shows of a search: the tables of its Markdown, with the MLflow runs of trials and finals."""
     said = found.results
     of_trials = {str(trial["number"]): [("trial", trial.get("mlflow_run_id"))] for trial in said["trials"]}
-    of_finals = {
-        name: [(f"seed {seed}", run.get("mlflow_run_id")) for seed, run in _by_seed(said["finals"][arm])]
-        for arm, name in searches.ARMS.items()
-    }
+    of_finals = {name: _of_seeds(said["finals"][arm]) for arm, name in searches.ARMS.items()}
     tables = []
     for head, *lines in _tables(searches.markdown(found)):
         told = []
@@ -230,9 +224,9 @@ def _search(found: Any, links: Mapping[str, str | None]) -> dict[str, Any]:
     return {"study": found, "tables": tables, "headline": searches.headline(found)}
 
 
-def _by_seed(runs: Mapping[Any, Mapping[str, Any]]) -> list[tuple[Any, Mapping[str, Any]]]:
-    """Runs in the order in which tables have their seeds."""
-    return sorted(runs.items(), key=lambda item: int(item[0]))
+def _of_seeds(runs: Mapping[Any, Mapping[str, Any]]) -> list[tuple[str, str | None]]:
+    """MLflow's runs by their seeds, in the order in which tables have these."""
+    return [(f"seed {seed}", runs[seed].get("mlflow_run_id")) for seed in sorted(runs, key=int)]
 
 
 def _runs(runs: Iterable[tuple[str, str | None]], links: Mapping[str, str | None]) -> list[tuple[str, str, str]]:
